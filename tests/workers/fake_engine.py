@@ -1,0 +1,191 @@
+"""A serving engine without a model, for tests: HTTP over a unix socket, and ways to misbehave (stdlib only).
+
+``python fake_engine.py <socket> <mode> [--log FILE] [--served NAME]``. Modes: ok, exits (at once), never_ready,
+hangs (every completion after the first), lies (/health 200, completions 500), leaks (a double-forked child in a session
+of its own), stubborn (ignores SIGTERM), flaky (completions 500 while the file ``<socket>.sick`` exists),
+dies_mid_stream (closes a stream after two chunks), bad_request, slow_stream (a chunk every 50 ms, for ever),
+moody (as ok, but the word in the prompt picks one of the last three modes).
+
+``--log`` gets one JSON line per request, and a line ``{"aborted": path}`` when a client went away in a stream.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socketserver
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+WORDS = ["Hello", " there", ",", " friend", "."]
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """One thread per connection, so that a hanging request hangs alone."""
+
+    daemon_threads = True
+    request_queue_size = 64
+    mode = "ok"
+    served = "m"
+    log: Path | None = None
+    completions = 0
+    path = ""
+
+    def note(self, **line: Any) -> None:
+        """Appends to the log."""
+        if self.log:
+            with self.log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The four routes of an engine."""
+
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def address_string(self) -> str:
+        """A unix socket's client has no address."""
+        return "unix"
+
+    def do_GET(self) -> None:
+        """/health and /v1/models."""
+        if self.path == "/health":
+            self._json(503 if self.server.mode == "never_ready" else 200, {})
+        elif self.path == "/v1/models":
+            self._json(200, {"object": "list", "data": [{"id": self.server.served, "object": "model"}]})
+        else:
+            self._json(404, {"detail": "Not Found"})
+
+    def do_POST(self) -> None:
+        """/v1/completions and /v1/chat/completions."""
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.note(path=self.path, body=body, headers={k.lower(): v for k, v in self.headers.items()})
+        if self.path not in ("/v1/completions", "/v1/chat/completions"):
+            return self._json(404, {"detail": "Not Found"})
+        mode = self._mode(body)
+        self.server.completions += 1
+        if mode == "lies" or (mode == "flaky" and Path(self.server.path + ".sick").exists()):
+            return self._error(500, "the model fell over in /opt/secret/path.py")
+        if mode == "bad_request":
+            return self._error(400, "This model's maximum context length is 16 tokens.")
+        if mode == "hangs" and self.server.completions > 1:
+            time.sleep(3600)
+        if body.get("stream"):
+            return self._stream(body, mode)
+        return self._json(200, self._answer(body))
+
+    def _mode(self, body: dict[str, Any]) -> str:
+        if self.server.mode != "moody":
+            return self.server.mode
+        text = json.dumps(body.get("messages") or body.get("prompt"))
+        return next((m for m in ("dies_mid_stream", "bad_request", "slow_stream", "lies") if m in text), "ok")
+
+    def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        chat = "chat" in self.path
+        text = "".join(WORDS)
+        choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        return {
+            "id": "cmpl-1",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": 1,
+            "model": body["model"],
+            "choices": [{"index": 0, "finish_reason": "stop", **choice}],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
+        }
+
+    def _stream(self, body: dict[str, Any], mode: str) -> None:
+        chat = "chat" in self.path
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream; charset=utf-8")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        try:
+            words = iter(WORDS) if mode != "slow_stream" else iter(lambda: " again", None)
+            for number, word in enumerate(words):
+                if mode == "dies_mid_stream" and number == 2:
+                    self.close_connection = True
+                    self.connection.close()
+                    return
+                delta = {"delta": {"content": word}} if chat else {"text": word}
+                event = {
+                    "id": "cmpl-1",
+                    "object": "chat.completion.chunk" if chat else "text_completion",
+                    "created": 1,
+                    "model": body["model"],
+                    "choices": [{"index": 0, "finish_reason": None, **delta}],
+                }
+                self._chunk(f"data: {json.dumps(event)}\n\n")
+                if mode == "slow_stream":
+                    time.sleep(0.05)
+            self._chunk("data: [DONE]\n\n")
+            self.wfile.write(b"0\r\n\r\n")
+        except OSError:
+            self.server.note(aborted=self.path)
+            self.close_connection = True
+
+    def _chunk(self, text: str) -> None:
+        data = text.encode()
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+    def _error(self, status: int, message: str) -> None:
+        error = {"message": message, "type": "BadRequestError", "param": None, "code": status}
+        self._json(status, {"error": error})
+
+    def _json(self, status: int, value: dict[str, Any]) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """To stdout, as an engine does."""
+        print(format % args, flush=True)
+
+
+def leak() -> None:
+    """A grandchild in a session of its own, whose parent is gone: what a process group does not reach."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while True:
+                time.sleep(3600)
+        os._exit(0)
+
+
+def main() -> None:
+    """Serves until killed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("socket")
+    parser.add_argument("mode")
+    parser.add_argument("--log", type=Path)
+    parser.add_argument("--served", default="m")
+    arguments = parser.parse_args()
+    print(f"fake engine, mode {arguments.mode}", flush=True)
+    if arguments.mode == "exits":
+        print("the weights are damaged", flush=True)
+        sys.exit(7)
+    if arguments.mode == "leaks":
+        leak()
+    if arguments.mode == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    server = Server(arguments.socket, Handler)
+    server.mode, server.served, server.log = arguments.mode, arguments.served, arguments.log
+    server.path = arguments.socket
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

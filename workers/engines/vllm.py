@@ -1,0 +1,74 @@
+"""vLLM as a serving engine: a launch becomes an argv list and an environment, and nothing is started here.
+
+The list is fixed. Nothing a client sends becomes an option, because several of vLLM's options import code or open
+files (``--middleware``, ``--tool-parser-plugin``, ``--tool-server``, ``--hf-overrides``, ``--trust-remote-code`` …).
+"""
+
+from app.catalog import Engine, EngineLaunch
+
+SHUTDOWN_SECONDS = 25
+"""For requests in flight after SIGTERM; a little less than a replica's grace of 30 s."""
+
+
+def argv(launch: EngineLaunch) -> list[str]:
+    """The command line. Text goes in as ``--option=value``, so that a leading dash cannot become an option."""
+    options = launch.options
+    arguments = [
+        # -I: neither the working directory nor PYTHONPATH can put a module before vLLM's own.
+        *(str(launch.python), "-I", "-m", "vllm.entrypoints.openai.api_server"),
+        f"--uds={launch.socket}",
+        f"--model={launch.model_dir}",
+        f"--served-model-name={launch.served_name}",
+        f"--dtype={launch.dtype}",
+        # auto: the model's own length, or as much of it as the cache holds.
+        f"--max-model-len={options.max_model_len or 'auto'}",
+        f"--shutdown-timeout={SHUTDOWN_SECONDS}",
+        "--no-enable-log-requests",
+        "--disable-uvicorn-access-log",
+        "--disable-fastapi-docs",
+        # Reserved by RFC 2606, so never resolved: no image or audio of a request is fetched.
+        "--allowed-media-domains=media.invalid",
+    ]
+    if launch.has_gpu:
+        arguments += [
+            f"--gpu-memory-utilization={options.gpu_memory_utilization}",
+            f"--tensor-parallel-size={options.tensor_parallel_size}",
+        ]
+    else:
+        # Without a GPU there are no graphs to capture, and compiling costs minutes at every first start.
+        arguments.append("--enforce-eager")
+    if launch.chat_template is not None:
+        arguments.append(f"--chat-template={launch.chat_template}")
+    return arguments
+
+
+def env(launch: EngineLaunch) -> dict[str, str]:
+    """The environment, beside PATH and the like."""
+    variables = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_SERVER_DEV_MODE": "0",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "VLLM_MAX_N_SEQUENCES": "64",
+        "TOKENIZERS_PARALLELISM": "false",
+        # setproctitle would write over the environment, by which a stray process is recognised.
+        "SPT_NOENV": "1",
+    }
+    if not launch.has_gpu:
+        variables |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            # The model runs inside EngineCore instead of in one more process that imports everything again: on two
+            # cores 36 s to ready became 20-23 s. (vLLM itself would ask for that process only to bind its threads.)
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": str(launch.cpu_threads),
+            # Threads that spin while they wait starve each other as soon as the cores are shared: 2 tokens/s instead
+            # of 30 beside one other busy process.
+            "GOMP_SPINCOUNT": "1000",
+        }
+    return variables
+
+
+engine = Engine("vllm", argv, env)
