@@ -196,3 +196,25 @@ def _kill_holder(pid: int, token: str) -> None:
         pass
     finally:
         os.close(fd)
+
+
+def kill_holders_of_slot(instance: str, slot_id: str) -> list[int]:
+    """SIGKILL for what a dead worker left on a slot: tokens are ``<instance>:<job>:<fence>:<slot>``. Returns pids."""
+    killed: list[int] = []
+    for pid in _pids():
+        token = _token_of(pid)
+        if pid != os.getpid() and token.startswith(f"{instance}:") and token.endswith(f":{slot_id}"):
+            _kill_holder(pid, token)
+            killed.append(pid)
+    return killed
+
+
+def _token_of(pid: int) -> str:
+    try:
+        environ = (_PROC / str(pid) / "environ").read_bytes()
+    except OSError:
+        return ""
+    prefix = f"{TOKEN}=".encode()
+    return next(
+        (item[len(prefix) :].decode(errors="replace") for item in environ.split(b"\0") if item.startswith(prefix)), ""
+    )

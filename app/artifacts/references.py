@@ -1,0 +1,160 @@
+"""The grammar of model-valued fields: from what a spec says to a folder, an artifact or a hub repository."""
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from sqlalchemy.orm import Session
+
+from app.artifacts import repository
+from app.errors import BadRequest, Code, NotFound
+from app.models import Artifact, Job
+from app.settings import Settings
+from app.specs import RefTo
+from app.states import JobState
+from app.storage import Storage
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$")
+_NAME = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]{0,62})(?::v(\d{1,6}))?$")
+_REVISION = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Where a reference leads. Exactly one of ``folder``, ``hub`` and ``job_id`` is set."""
+
+    pinned: str
+    """The reference with nothing left to interpretation."""
+    folder: Path | None = None
+    hub: str | None = None
+    revision: str | None = None
+    job_id: str | None = None
+    artifact: Artifact | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def references(spec: BaseModel, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every reference field that is set: its path, its kind (model, adapter, file) and its value."""
+    for name, info in type(spec).model_fields.items():
+        value = getattr(spec, name)
+        where = f"{path}{name}"
+        kind = next((mark.kind for mark in _marks(info) if isinstance(mark, RefTo)), None)
+        if kind and isinstance(value, str):
+            yield where, kind, value
+        elif isinstance(value, BaseModel):
+            yield from references(value, f"{where}.")
+
+
+def _marks(info: Any) -> list[Any]:
+    """Metadata of a field, also where it stands inside ``X | None``."""
+    marks = list(info.metadata)
+    for option in getattr(info.annotation, "__args__", ()):
+        marks += list(getattr(option, "__metadata__", ()))
+    return marks
+
+
+def resolve(
+    session: Session, settings: Settings, project_id: str, value: str, *, param: str, revision: str | None = None
+) -> Resolved:
+    """Follows the grammar of the contract in its order. Raises NotFound or BadRequest that names ``param``."""
+    if value.startswith("artifact:"):
+        return _artifact(session, settings, project_id, value.removeprefix("artifact:"), param)
+    if value.startswith("job:"):
+        return _job(session, settings, project_id, value.removeprefix("job:"), param)
+    if value.startswith("hub:"):
+        repo, _, at = value.removeprefix("hub:").partition("@")
+        return _hub(settings, repo, at or revision, param)
+    if value.startswith(("/", "./", "../", "~")):
+        return _path(session, settings, project_id, value, param)
+    match = _NAME.match(value)
+    if match:
+        artifact = repository.by_name(session, project_id, match[1], int(match[2]) if match[2] else None)
+        if artifact is not None:
+            return from_artifact(settings, artifact)
+        if match[2]:
+            raise NotFound(f"{param}: there is no model {value}", param=param, code=Code.MODEL_NOT_FOUND)
+    return _hub(settings, value, revision, param)
+
+
+def from_artifact(settings: Settings, artifact: Artifact) -> Resolved:
+    """An artifact as a reference."""
+    folder = Storage(settings.data_dir).artifact_dir(artifact.id)
+    return Resolved(
+        pinned=f"artifact:{artifact.id}",
+        folder=folder,
+        artifact=artifact,
+        facts={
+            "artifact_id": artifact.id,
+            "name": artifact.name,
+            "kind": artifact.kind,
+            "base_chain": artifact.base_chain,
+            **artifact.facts,
+        },
+    )
+
+
+def _artifact(session: Session, settings: Settings, project_id: str, artifact_id: str, param: str) -> Resolved:
+    artifact = repository.get(session, project_id, artifact_id)
+    if artifact is None:
+        raise NotFound(f"{param}: there is no artifact {artifact_id}", param=param, code=Code.MODEL_NOT_FOUND)
+    return from_artifact(settings, artifact)
+
+
+def _job(session: Session, settings: Settings, project_id: str, job_id: str, param: str) -> Resolved:
+    job = session.get(Job, job_id)
+    if job is None or job.project_id != project_id:
+        raise NotFound(f"{param}: there is no job {job_id}", param=param, code=Code.MODEL_NOT_FOUND)
+    left = [artifact for artifact in repository.of_job(session, job_id) if artifact.kind != "report"]
+    if left:
+        return from_artifact(settings, left[-1])
+    if JobState(job.state).terminal:
+        raise BadRequest(f"{param}: {job_id} is {job.state} and left no model", param=param, code=Code.MODEL_NOT_FOUND)
+    return Resolved(pinned=f"job:{job_id}", job_id=job_id)
+
+
+def _path(session: Session, settings: Settings, project_id: str, value: str, param: str) -> Resolved:
+    path = Path(os.path.expanduser(value)).resolve()
+    if path.is_relative_to(settings.data_dir):
+        parts = path.relative_to(settings.data_dir).parts
+        artifact = (
+            repository.get(session, project_id, parts[1]) if len(parts) == 2 and parts[0] == "artifacts" else None
+        )
+        if artifact is None:
+            raise NotFound(f"{param}: there is no model at {value}", param=param, code=Code.MODEL_NOT_FOUND)
+        return from_artifact(settings, artifact)
+    if not any(path.is_relative_to(root) for root in settings.model_roots):
+        roots = ":".join(str(root) for root in settings.model_roots) or "none are set"
+        raise BadRequest(
+            f"{param}: {value} lies outside the folders that models may come from",
+            param=param,
+            code=Code.MODEL_OUTSIDE_ROOTS,
+            hint=f"The operator sets TUNESMITH_MODEL_ROOTS ({roots}).",
+        )
+    if not path.exists():
+        raise NotFound(f"{param}: there is nothing at {value}", param=param, code=Code.MODEL_NOT_FOUND)
+    return Resolved(pinned=str(path), folder=path)
+
+
+def _hub(settings: Settings, repo: str, revision: str | None, param: str) -> Resolved:
+    if not _HUB_ID.match(repo) or "--" in repo or ".." in repo:
+        raise BadRequest(
+            f"{param}: {repo[:96]!r} is neither a path, a registered name nor a hub id",
+            param=param,
+            code=Code.INVALID_VALUE,
+            hint="A hub id looks like org/name; a path starts with / or ./",
+        )
+    if revision is not None and (not _REVISION.match(revision) or ".." in revision):
+        raise BadRequest(f"{param}: the revision {revision[:64]!r} is not a git revision", param=param)
+    if not any(fnmatch.fnmatchcase(repo, pattern) for pattern in settings.allowed_hub_repos):
+        raise BadRequest(
+            f"{param}: {repo} is not on the list of allowed hub repositories",
+            param=param,
+            code=Code.MODEL_NOT_ALLOWED,
+            hint="The operator sets TUNESMITH_ALLOWED_HUB_REPOS.",
+        )
+    return Resolved(pinned=f"hub:{repo}" + (f"@{revision}" if revision else ""), hub=repo, revision=revision)

@@ -1,0 +1,240 @@
+"""The socket: what recipes, merges, operations and engines plug into, and how they are found.
+
+One file in a package of ``Settings.plugin_packages`` is one plug. Its module level holds a pydantic spec and a
+function, so reading it costs no torch; the GPU stack is imported inside the function.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field, TypeAdapter
+
+from app.specs import DeploymentOptions, DeploySpec, JobSpec, TrainSpec
+
+SlotClass = Literal["train", "serve", "light"]
+ArtifactKind = Literal["adapter", "model", "reward", "report"]
+
+
+class RunContext(Protocol):
+    """What a run may know of the world: its directories, its inputs, and where to tell how it goes."""
+
+    job_id: str
+    work_dir: Path
+    """Scratch space of this attempt."""
+    checkpoint_dir: Path
+    """Where ``checkpoint-N`` folders go."""
+    catalog: "Catalog"
+    """All plugs, so that an operation can look up e.g. a merge method."""
+
+    def input(self, field: str) -> Path:
+        """The local folder or file behind a reference field, e.g. ``model.model_name_or_path`` or ``dataset.file``.
+
+        Hub models are fetched first. Raises RunError (model_unreachable, gated_model) when that fails.
+        """
+        ...
+
+    def input_info(self, field: str) -> Mapping[str, Any]:
+        """What the registry knows of that input: ``artifact_id``, ``name``, ``kind``, ``base_chain`` (may be empty)."""
+        ...
+
+    def phase(self, name: str) -> None:
+        """For display: staging, loading, training, evaluating, saving, merging, validating, uploading."""
+        ...
+
+    def event(self, code: str, message: str, *, level: Literal["info", "warn", "error"] = "info", **data: Any) -> None:
+        """One line in the job's history."""
+        ...
+
+    def progress(self, step: int, total_steps: int, **values: float | None) -> None:
+        """Where the run is: ``epoch, loss, tokens_per_second, eta_seconds`` (throttled; call it at every step)."""
+        ...
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one logged step."""
+        ...
+
+    def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float]) -> None:
+        """A complete checkpoint folder is on disk."""
+        ...
+
+    def resolved(self, path: str, value: Any) -> None:
+        """A value that the run chose in place of what the spec asked, e.g. a dtype; shown in ``resolved_spec``."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """True after SIGTERM: save a checkpoint and raise ``Interrupted``."""
+        ...
+
+    def output(self, kind: ArtifactKind, name: str | None = None, **facts: Any) -> Path:
+        """A fresh folder that becomes an artifact when the run succeeds; ``facts`` travel with it (base_chain…)."""
+        ...
+
+    def result(self, **values: Any) -> None:
+        """Adds to the job's ``result`` object."""
+        ...
+
+
+class Interrupted(Exception):
+    """The run stopped because it was asked to; the attempt is given back."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training algorithm."""
+
+    spec: type[TrainSpec]
+    run: Callable[[Any, RunContext], None]
+    slot: SlotClass = "train"
+
+    @property
+    def name(self) -> str:
+        """The value of ``algorithm``."""
+        return _literal(self.spec, "algorithm")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One job type beside training."""
+
+    spec: type[JobSpec]
+    run: Callable[[Any, RunContext], None]
+    slot: SlotClass = "light"
+
+    @property
+    def name(self) -> str:
+        """The value of ``type``."""
+        return _literal(self.spec, "type")
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """One way to turn a base and adapters into a model. ``run(spec, ctx)`` fills ``ctx.output("model")``."""
+
+    name: str
+    run: Callable[[Any, RunContext], None]
+
+
+@dataclass(frozen=True)
+class EngineLaunch:
+    """What an engine needs to know to be started; made by us, never by a client."""
+
+    python: Path
+    model_dir: Path
+    served_name: str
+    socket: Path
+    options: DeploymentOptions
+    has_gpu: bool
+    dtype: str
+    cpu_threads: int = 2
+    chat_template: Path | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One serving engine: pure functions from a launch to an argv list and environment."""
+
+    name: str
+    argv: Callable[[EngineLaunch], list[str]]
+    env: Callable[[EngineLaunch], dict[str, str]]
+    health_path: str = "/health"
+
+
+Plug = Recipe | Operation | MergeMethod | Engine
+PLUG_NAMES: dict[str, Any] = {"recipe": Recipe, "operation": Operation, "merge": MergeMethod, "engine": Engine}
+
+
+class CatalogError(Exception):
+    """A plug file that is broken: it stops the process at start-up."""
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Everything that was plugged in, by name."""
+
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    operations: dict[str, Operation] = field(default_factory=dict)
+    merges: dict[str, MergeMethod] = field(default_factory=dict)
+    engines: dict[str, Engine] = field(default_factory=dict)
+
+    def job_types(self) -> list[str]:
+        """What ``type`` may be in a ``POST /jobs``."""
+        return ["train", *sorted(self.operations), "deploy"]
+
+    def spec_class(self, type_: str, algorithm: str | None) -> type[JobSpec] | None:
+        """The spec of a job type and, for train, of an algorithm; None when there is no such thing."""
+        if type_ == "train":
+            return self.recipes[algorithm].spec if algorithm in self.recipes else None
+        if type_ == "deploy":
+            return DeploySpec
+        return self.operations[type_].spec if type_ in self.operations else None
+
+    def slot_class(self, type_: str, algorithm: str | None) -> SlotClass:
+        """Which class of slot a job runs in."""
+        if type_ == "serve":
+            return "serve"
+        plug = self.recipes[algorithm] if type_ == "train" and algorithm else self.operations[type_]
+        return plug.slot
+
+    def schema_adapter(self) -> TypeAdapter[Any]:
+        """All specs as one union: ``type`` selects, within train ``algorithm`` selects. For OpenAPI."""
+        trains = [recipe.spec for recipe in self.recipes.values()]
+        others = [operation.spec for operation in self.operations.values()]
+        train: Any = reduce(or_, trains)
+        if len(trains) > 1:
+            train = Annotated[train, Field(discriminator="algorithm")]
+        union: Any = reduce(lambda left, right: left | right, [train, *others, DeploySpec])
+        return TypeAdapter(Annotated[union, Field(discriminator="type")])
+
+
+def discover(packages: Iterable[str]) -> Catalog:
+    """Imports every module of the packages and collects its plug.
+
+    Raises CatalogError for a file without a plug and for two plugs of the same name.
+    """
+    catalog = Catalog()
+    for package in packages:
+        for module in _modules(package):
+            name, plug = _plug(module)
+            shelf: dict[str, Any] = getattr(catalog, name + "s")
+            if plug.name in shelf:
+                raise CatalogError(f"{module.__name__}: a {name} named {plug.name!r} is already plugged in")
+            shelf[plug.name] = plug
+    return catalog
+
+
+def _modules(package: str) -> Iterable[ModuleType]:
+    try:
+        root = importlib.import_module(package)
+    except ImportError as error:
+        raise CatalogError(f"plug-in package {package!r} cannot be imported: {error}") from error
+    for info in sorted(pkgutil.iter_modules(root.__path__), key=lambda info: info.name):
+        if info.name.startswith("_"):
+            continue
+        try:
+            yield importlib.import_module(f"{package}.{info.name}")
+        except Exception as error:
+            raise CatalogError(f"{package}.{info.name} cannot be imported: {error!r}") from error
+
+
+def _plug(module: ModuleType) -> tuple[str, Plug]:
+    for name, kind in PLUG_NAMES.items():
+        plug: Any = getattr(module, name, None)
+        if isinstance(plug, kind):
+            return name, plug
+    raise CatalogError(
+        f"{module.__file__}: no plug; end the file with recipe = Recipe(…), operation = …, merge = … or engine = …"
+    )
+
+
+def _literal(spec: type[JobSpec], name: str) -> str:
+    default = spec.model_fields[name].default
+    if not isinstance(default, str):
+        raise CatalogError(f"{spec.__name__}.{name} needs a Literal with a default")
+    return default

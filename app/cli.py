@@ -1,0 +1,41 @@
+"""The ``tunesmith`` command."""
+
+import typer
+
+from app.commands import data, demo, jobs, models, processes
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Fine-tune, merge, prove and serve language models on your own GPUs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # --base_model and --base-model are the same option.
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
+app.add_typer(jobs.group, name="jobs")
+app.add_typer(data.group, name="files")
+app.add_typer(models.group, name="deployments")
+app.command()(jobs.submit)
+app.command()(jobs.train)
+app.command()(jobs.merge)
+app.command()(jobs.validate)
+app.command("import")(jobs.import_model)
+app.command()(models.deploy)
+app.command()(models.chat)
+app.command()(processes.up)
+app.command()(processes.api)
+app.command()(processes.worker)
+app.command()(processes.migrate)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

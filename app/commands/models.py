@@ -1,0 +1,91 @@
+"""``tunesmith deploy``, ``deployments`` and ``chat``."""
+
+from typing import Annotated, Any
+
+import typer
+
+from app.commands.show import as_json, finished, follow, out, service, table
+
+group = typer.Typer(help="Models being served.", no_args_is_help=True)
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+def deploy(
+    model: Annotated[str, typer.Argument(help="A registered name, artifact:<id>, or a path.")],
+    name: Annotated[str | None, typer.Option(help="The model name that clients ask for.")] = None,
+    max_model_len: int | None = None,
+    json: AsJson = False,
+) -> None:
+    """Serves a model and waits until it answers."""
+    served = name or model.rsplit("/", 1)[-1].replace(":", "-")
+    spec: dict[str, Any] = {"type": "deploy", "model": model, "name": served}
+    if max_model_len:
+        spec["max_model_len"] = max_model_len
+    with service() as client:
+        job = client.submit(spec)
+        job = client.call("GET", f"/jobs/{job['id']}") if json else job
+        job = follow(client, job["id"], "deploy") if not json else _wait(client, job["id"])
+        if json:
+            as_json(job)
+        finished(client, job)
+        if not json:
+            out.print(f"{served} answers at {client.url}/v1; try: tunesmith chat {served}", markup=False)
+
+
+def _wait(client: Any, job_id: str) -> Any:
+    for _ in client.follow(job_id):
+        pass
+    return client.call("GET", f"/jobs/{job_id}")
+
+
+@group.command("list")
+def list_deployments(limit: int = 20, json: AsJson = False) -> None:
+    """Deployments, newest first."""
+    with service() as client:
+        answer = client.call("GET", "/deployments", params={"limit": limit})
+    as_json(answer) if json else table(answer["data"], ["id", "name", "status", "model", "restarts", "created_at"])
+
+
+@group.command()
+def stop(deployment_id: str) -> None:
+    """Stops a deployment."""
+    with service() as client:
+        client.call("DELETE", f"/deployments/{deployment_id}")
+    out.print(f"{deployment_id} is being stopped", markup=False)
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="The name of a deployment.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="One question instead of a conversation.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: int = 512,
+) -> None:
+    """Talks to a deployment through the OpenAI API."""
+    from openai import OpenAI, OpenAIError
+
+    with service() as found:
+        client = OpenAI(base_url=f"{found.url}/v1", api_key=found.key)
+    messages: list[Any] = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            text = prompt if prompt is not None else input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return
+        messages.append({"role": "user", "content": text})
+        answer = ""
+        try:
+            for chunk in client.chat.completions.create(
+                model=model, messages=messages, max_tokens=max_tokens, stream=True
+            ):
+                piece = (chunk.choices[0].delta.content or "") if chunk.choices else ""
+                answer += piece
+                print(piece, end="", flush=True)
+        except OpenAIError as error:
+            out.print(f"error: {error}", markup=False, style="red")
+            raise typer.Exit(1) from error
+        print()
+        messages.append({"role": "assistant", "content": answer})
+        if prompt is not None:
+            return

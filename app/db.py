@@ -1,0 +1,103 @@
+"""The database: one engine, read and write sessions, SQLite's pragmas.
+
+On SQLite every write transaction is ``BEGIN IMMEDIATE``: a deferred one that reads and then writes fails at once with
+SQLITE_BUSY_SNAPSHOT whatever the busy timeout says.
+"""
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, DateTime, Dialect, Engine, create_engine, event
+from sqlalchemy.orm import Session
+from sqlalchemy.types import TypeDecorator
+
+# 3.7.0–3.51.2 have the WAL-reset race that can lose commits, except these two patched lines.
+_WAL_SAFE = (3, 51, 3)
+_WAL_PATCHED = {(3, 50, 7), (3, 44, 6)}
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A UTC time: timezone-aware in Python on both databases."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Stores UTC."""
+        return value.astimezone(UTC) if value is not None else None
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """SQLite forgets the zone; what it stores is UTC."""
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+class Database:
+    """Opens sessions. Thread-safe; one per process."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.engine = make_engine(url)
+        self._writer = self.engine.execution_options(write=True)
+
+    @property
+    def is_sqlite(self) -> bool:
+        """True on SQLite."""
+        return self.engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session that writes nothing; its transaction ends with the block."""
+        with Session(self.engine, expire_on_commit=False) as session:
+            yield session  # closing, unlike rollback, leaves the loaded rows usable
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session that commits when the block ends well; then runs what ``after_commit`` was given."""
+        with Session(self._writer, expire_on_commit=False) as session:
+            yield session
+            session.commit()
+            for action in session.info.get("after_commit", ()):
+                action()
+
+    def close(self) -> None:
+        """Closes every pooled connection."""
+        self.engine.dispose()
+
+
+def after_commit(session: Session, action: Callable[[], None]) -> None:
+    """Runs ``action`` once the session's transaction is durable, never otherwise. The same action runs once."""
+    actions: dict[Callable[[], None], None] = session.info.setdefault("after_commit", {})
+    actions[action] = None
+
+
+def make_engine(url: str) -> Engine:
+    """An engine for SQLite or Postgres with the settings that our promises need."""
+    if url.startswith("sqlite"):
+        engine = create_engine(url, connect_args={"timeout": 10, "check_same_thread": False}, pool_size=20)
+        event.listen(engine, "connect", _sqlite_connect)
+        event.listen(engine, "begin", _sqlite_begin)
+        return engine
+    return create_engine(url, pool_size=10, max_overflow=20, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+
+
+def journal_mode(version: tuple[int, ...]) -> str:
+    """WAL only where SQLite's WAL-reset race is fixed, else TRUNCATE."""
+    return "WAL" if version >= _WAL_SAFE or version in _WAL_PATCHED else "TRUNCATE"
+
+
+def _sqlite_connect(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # we say BEGIN ourselves, below
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.execute(f"PRAGMA journal_mode={journal_mode(sqlite3.sqlite_version_info)}")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    write = connection.get_execution_options().get("write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

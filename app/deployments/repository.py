@@ -1,0 +1,75 @@
+"""Rows of deployments, and the guarded moves between their states."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import and_, or_, select, update
+from sqlalchemy.orm import Session
+
+from app.models import Deployment, now
+from app.states import DEPLOYMENT_MOVES, DeploymentState
+
+LIVE = (
+    DeploymentState.QUEUED,
+    DeploymentState.STARTING,
+    DeploymentState.READY,
+    DeploymentState.UNHEALTHY,
+    DeploymentState.SLEEPING,
+)
+
+
+def get(session: Session, project_id: str, deployment_id: str) -> Deployment | None:
+    """A deployment of the project."""
+    return session.scalar(select(Deployment).where(Deployment.id == deployment_id, Deployment.project_id == project_id))
+
+
+def live_by_name(session: Session, project_id: str, name: str) -> Deployment | None:
+    """The deployment that is, or is about to be, reachable by a name."""
+    return session.scalar(
+        select(Deployment).where(
+            Deployment.project_id == project_id, Deployment.name == name, Deployment.status.in_(LIVE)
+        )
+    )
+
+
+def live(session: Session, project_id: str) -> Sequence[Deployment]:
+    """Everything that is being served, newest first."""
+    return session.scalars(
+        select(Deployment)
+        .where(Deployment.project_id == project_id, Deployment.status.in_(LIVE))
+        .order_by(Deployment.created_at.desc())
+    ).all()
+
+
+def page(session: Session, project_id: str, limit: int, after: Deployment | None) -> Sequence[Deployment]:
+    """Newest first, ``limit + 1`` rows at most."""
+    query = select(Deployment).where(Deployment.project_id == project_id)
+    if after is not None:
+        query = query.where(
+            or_(
+                Deployment.created_at < after.created_at,
+                and_(Deployment.created_at == after.created_at, Deployment.id < after.id),
+            )
+        )
+    return session.scalars(query.order_by(Deployment.created_at.desc(), Deployment.id.desc()).limit(limit + 1)).all()
+
+
+def transition(
+    session: Session,
+    deployment_id: str,
+    to: DeploymentState,
+    *,
+    replica: str | None = None,
+    only_from: Collection[DeploymentState] | None = None,
+    **values: Any,
+) -> bool:
+    """Moves a deployment if the table allows it from where it is, and if ``replica`` still serves it."""
+    origins = [state for state, targets in DEPLOYMENT_MOVES.items() if to in targets or state == to]
+    guards = [Deployment.id == deployment_id, Deployment.status.in_(set(origins) & set(only_from or origins))]
+    if replica is not None:
+        guards.append(Deployment.replica_job_id == replica)
+    if to in (DeploymentState.STOPPED, DeploymentState.FAILED):
+        values |= {"stopped_at": now(), "socket": None}
+    moved = session.scalar(update(Deployment).where(*guards).values({"status": to, **values}).returning(Deployment.id))
+    session.expire_all()
+    return moved is not None

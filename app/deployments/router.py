@@ -1,0 +1,50 @@
+"""``/deployments``: models being served."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from app.db import after_commit
+from app.deployments import service
+from app.deployments.schemas import DeploymentIn, DeploymentOut
+from app.deps import After, Limit, Reader, ReadSession, RoomsDep, Server, WriteSession
+from app.paging import Page
+
+router = APIRouter(prefix="/deployments", tags=["deployments"])
+
+
+class Deleted(BaseModel):
+    """Answer to a DELETE."""
+
+    id: str
+    object: str = Field(examples=["deployment"])
+    deleted: bool = True
+
+
+@router.post("", status_code=201, summary="Serve a model")
+def create_deployment(body: DeploymentIn, session: WriteSession, caller: Server, rooms: RoomsDep) -> DeploymentOut:
+    """Starts an engine on a worker. `status` becomes `ready` after a real one-token completion."""
+    after_commit(session, rooms.doorbell.ring)
+    return service.create_from(session, rooms.settings, rooms.catalog, caller.project_id, caller.key_id, body)
+
+
+@router.get("", summary="List deployments, newest first")
+def list_deployments(
+    session: ReadSession, caller: Reader, rooms: RoomsDep, limit: Limit = 20, after: After = None
+) -> Page[DeploymentOut]:
+    """Those that serve, and those that did."""
+    return service.listing(session, rooms.settings, caller.project_id, limit, after)
+
+
+@router.get("/{deployment_id}", summary="Show a deployment")
+def get_deployment(deployment_id: str, session: ReadSession, caller: Reader, rooms: RoomsDep) -> DeploymentOut:
+    """Status, engine options and the last error."""
+    return service.show(session, rooms.settings, caller.project_id, deployment_id)
+
+
+@router.delete("/{deployment_id}", summary="Stop a deployment")
+def delete_deployment(deployment_id: str, session: WriteSession, caller: Server) -> Any:
+    """Stops the engine; the row stays as history with the status `stopped`."""
+    service.stop(session, caller.project_id, deployment_id)
+    return Deleted(id=deployment_id, object="deployment")

@@ -1,0 +1,177 @@
+"""What every request passes: size caps, a request id, and the one place where errors become answers."""
+
+import logging
+import sqlite3
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import IntegrityError, OperationalError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import AppError, BadRequest, Code, Conflict, TooLarge, Unavailable
+from app.settings import Settings
+
+log = logging.getLogger(__name__)
+_UPLOADS = ("/files", "/v1/files")
+_MULTIPART_SLACK = 1 << 20
+_MAX_HEADER_BYTES = 32 << 10
+_NO_RETRY = (409, 507)
+
+
+class Guard:
+    """ASGI middleware: caps bodies and headers, and gives every answer an ``x-request-id``."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, chat_body_bytes: int = 10 << 20) -> None:
+        self._app = app
+        self._settings = settings
+        self._chat_body_bytes = chat_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets the request through, or answers it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = f"req_{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        cap = self._cap(scope["path"])
+        started = False
+        seen = 0
+
+        async def capped() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > cap:
+                raise _too_large(cap)
+            return message
+
+        async def tagged(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        problem = self._refuse(scope, cap)
+        if problem is None:
+            try:
+                await self._app(scope, capped, tagged)
+                return
+            except TooLarge as error:
+                if started:
+                    raise
+                problem = error
+        await answer(problem)(scope, receive, tagged)
+
+    def _cap(self, path: str) -> int:
+        if path.rstrip("/") in _UPLOADS:
+            return self._settings.max_upload_bytes + _MULTIPART_SLACK
+        return self._chat_body_bytes if path.startswith("/v1/") else self._settings.max_body_bytes
+
+    def _refuse(self, scope: Scope, cap: int) -> AppError | None:
+        headers = scope["headers"]
+        if sum(len(name) + len(value) for name, value in headers) > _MAX_HEADER_BYTES:
+            error = BadRequest("the request's headers are too large", code=Code.HEADERS_TOO_LARGE)
+            error.status = 431
+            return error
+        length = next((value for name, value in headers if name == b"content-length"), b"")
+        return _too_large(cap) if length.isdigit() and int(length) > cap else None
+
+
+def _too_large(cap: int) -> TooLarge:
+    return TooLarge(f"the body is larger than {cap} bytes", hint="Send less, or upload data with POST /files.")
+
+
+def answer(error: AppError) -> JSONResponse:
+    """An error as a response, with the headers that tell clients whether to try again."""
+    headers: dict[str, str] = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if error.status in _NO_RETRY:
+        headers["x-should-retry"] = "false"
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error.as_object(), error.status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers that turn every failure into the error object."""
+    app.add_exception_handler(AppError, _app_error)
+    app.add_exception_handler(RequestValidationError, _validation)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(OperationalError, _database)
+    app.add_exception_handler(IntegrityError, _integrity)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _app_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AppError)
+    return answer(error)
+
+
+async def _validation(_: Request, error: Exception) -> JSONResponse:
+    """Body, query and path problems that FastAPI found: 400, the field's path, no echo of the input."""
+    assert isinstance(error, RequestValidationError)
+    first: Mapping[str, Any] = error.errors()[0]
+    steps = [str(step) for step in first["loc"] if step not in ("body", "query", "path", "header")]
+    param = ".".join(steps) or None
+    kind = str(first["type"])
+    context = first.get("ctx") or {}
+    code = Code.INVALID_TYPE if kind.endswith("_type") else Code.INVALID_VALUE
+    message = f"{param}: {first['msg'][0].lower()}{first['msg'][1:]}" if param else str(first["msg"])
+    if kind == "missing":
+        code, message = Code.MISSING_FIELD, f"{param or 'the body'} is missing"
+    elif kind == "extra_forbidden":
+        code, message = Code.UNKNOWN_FIELD, f"{param} is not a field here"
+    elif kind == "json_invalid":
+        code, param, message = Code.INVALID_JSON, None, f"the body is not valid JSON: {context.get('error', '')}"
+    return answer(BadRequest(message, param=param, code=code, hint="See /docs for what this route takes."))
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    """What Starlette raises by itself: unknown routes, wrong methods, unreadable forms."""
+    assert isinstance(error, HTTPException)
+    problem = BadRequest(str(error.detail))
+    problem.status = error.status_code
+    if error.status_code == 404:
+        problem = BadRequest(f"there is nothing at {request.url.path[:200]}", code=Code.NOT_FOUND, hint="See /docs.")
+        problem.status, problem.type = 404, "not_found_error"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        problem = BadRequest(
+            f"{request.method} is not possible here", code=Code.METHOD_NOT_ALLOWED, hint=f"Possible: {allowed}."
+        )
+        problem.status = 405
+    response = answer(problem)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _database(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, OperationalError)
+    log.warning("database: %s", error.orig)
+    if isinstance(error.orig, sqlite3.OperationalError) and "full" in str(error.orig):
+        problem: AppError = Unavailable("the disk is full", retry_after=30, code=Code.DISK_FULL)
+        problem.status = 507
+        return answer(problem)
+    return answer(Unavailable("the database does not answer right now", retry_after=2))
+
+
+async def _integrity(_: Request, error: Exception) -> JSONResponse:
+    """Two requests wanted the same name at the same moment; the database let one through."""
+    assert isinstance(error, IntegrityError)
+    log.warning("conflict: %s", error.orig)
+    return answer(Conflict("another request took this name at the same moment", code=Code.NAME_TAKEN))
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    request_id = getattr(request.state, "request_id", "?")
+    log.error("%s %s failed (%s)", request.method, request.url.path, request_id, exc_info=error)
+    problem = AppError("something went wrong here", code=Code.INTERNAL_ERROR, hint=f"The log has it: {request_id}.")
+    problem.status, problem.type = 500, "server_error"
+    return answer(problem)

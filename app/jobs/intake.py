@@ -1,0 +1,199 @@
+"""From a request body to a validated spec, with errors that name the field."""
+
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from app.catalog import Catalog
+from app.documents import parse_json, parse_yaml
+from app.errors import BadRequest, Code, UnsupportedMediaType
+from app.specs import JobSpec, Spec
+
+_CODES = {
+    "missing": Code.MISSING_FIELD,
+    "extra_forbidden": Code.UNKNOWN_FIELD,
+    "conflict": Code.CONFLICTING_FIELDS,
+}
+
+
+@dataclass(frozen=True)
+class Intake:
+    """A spec that holds what the user asked, and what to tell about it."""
+
+    spec: JobSpec
+    submitted: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_spec(body: bytes, content_type: str, catalog: Catalog) -> Intake:
+    """Parses and validates a ``POST /jobs`` body (JSON, or YAML by its content type)."""
+    media = content_type.split(";")[0].strip().lower() or "application/json"
+    raw: Any = None
+    if media in ("application/yaml", "application/x-yaml", "text/yaml"):
+        data, raw = parse_yaml(body)
+    elif media == "application/json":
+        data = parse_json(body)
+    else:
+        raise UnsupportedMediaType(
+            f"{media} is not read here", param="Content-Type", hint="Send application/json or application/yaml."
+        )
+    return validate_spec(data, catalog, raw)
+
+
+def validate_spec(data: Any, catalog: Catalog, raw: Any = None) -> Intake:
+    """Validates a spec that is already parsed."""
+    if not isinstance(data, dict):
+        raise BadRequest("a job spec is an object", code=Code.INVALID_TYPE, hint='Start with {"type": "train", …}.')
+    spec_class = _choose(data, catalog)
+    warnings: list[str] = []
+    clean = _old_names(data, spec_class, "", warnings)
+    try:
+        return Intake(spec_class.model_validate(clean), data, warnings)
+    except ValidationError as error:
+        mended = _text_where_asked(clean, raw, error) if raw is not None else None
+        if mended is not None:
+            try:
+                return Intake(spec_class.model_validate(mended), data, warnings)
+            except ValidationError as second:
+                error = second
+        raise describe(error, spec_class) from error
+
+
+def _choose(data: dict[str, Any], catalog: Catalog) -> type[JobSpec]:
+    type_ = data.get("type")
+    if type_ is None:
+        raise BadRequest(
+            "type is missing", param="type", code=Code.MISSING_FIELD, hint=f"One of: {', '.join(catalog.job_types())}."
+        )
+    if not isinstance(type_, str) or type_ not in catalog.job_types():
+        raise _unknown("type", type_, catalog.job_types(), Code.INVALID_VALUE)
+    algorithm = None
+    if type_ == "train":
+        algorithm = data.get("algorithm")
+        names = sorted(catalog.recipes)
+        if algorithm is None:
+            raise BadRequest(
+                "algorithm is missing", param="algorithm", code=Code.MISSING_FIELD, hint=f"One of: {', '.join(names)}."
+            )
+        if not isinstance(algorithm, str) or algorithm not in catalog.recipes:
+            raise _unknown("algorithm", algorithm, names, Code.UNKNOWN_ALGORITHM)
+    spec_class = catalog.spec_class(type_, algorithm)
+    assert spec_class is not None
+    return spec_class
+
+
+def _unknown(param: str, value: Any, names: list[str], code: Code) -> BadRequest:
+    near = difflib.get_close_matches(str(value), names, 1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return BadRequest(
+        f"{param} {str(value)[:64]!r} is unknown", param=param, code=code, hint=f"{hint}One of: {', '.join(names)}."
+    )
+
+
+def _old_names(data: dict[str, Any], spec: type[BaseModel], path: str, warnings: list[str]) -> dict[str, Any]:
+    """Renames aliases, drops what has no effect, refuses what has another place here; all the way down."""
+    result: dict[str, Any] = {}
+    aliases, ignored, refused = (
+        (spec.aliases, spec.ignored, spec.refused) if issubclass(spec, Spec) else ({}, frozenset(), {})
+    )
+    for key, value in data.items():
+        where = f"{path}{key}"
+        if key in refused:
+            raise BadRequest(
+                f"{where} is not taken here", param=where, code=Code.REFUSED_FIELD, hint=refused[key].capitalize() + "."
+            )
+        if key in ignored:
+            warnings.append(f"{where} has no effect here and was ignored.")
+            continue
+        name = aliases.get(key, key)
+        if name != key:
+            if name in data:
+                raise BadRequest(
+                    f"{where} and {path}{name} mean the same",
+                    param=where,
+                    code=Code.CONFLICTING_FIELDS,
+                    hint=f"Keep {name}.",
+                )
+            warnings.append(f"{where} is an older name of {path}{name}.")
+        inner = _spec_in(spec.model_fields[name].annotation) if name in spec.model_fields else None
+        result[name] = (
+            _old_names(value, inner, f"{path}{name}.", warnings) if inner and isinstance(value, dict) else value
+        )
+    return result
+
+
+def _spec_in(annotation: Any) -> type[BaseModel] | None:
+    """The Spec class in ``X`` or ``X | None``."""
+    options = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+def _text_where_asked(data: Any, raw: Any, error: ValidationError) -> Any:
+    """Puts back the text of YAML scalars that a string field wanted; None when there is nothing to put back."""
+    changed = False
+    for problem in error.errors(include_url=False, include_context=False):
+        if problem["type"] != "string_type":
+            continue
+        target, source = data, raw
+        *parents, last = problem["loc"]
+        try:
+            for step in parents:
+                target, source = target[step], source[step]
+            if isinstance(source[last], str) and target[last] is not None:
+                target[last] = source[last]
+                changed = True
+        except (KeyError, IndexError, TypeError):
+            continue
+    return data if changed else None
+
+
+def describe(error: ValidationError, spec: type[BaseModel]) -> BadRequest:
+    """The first problem as our error, with the field's path and the nearest valid name."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    context = first.get("ctx") or {}
+    location = _path(first)
+    code = _CODES.get(first["type"], Code.INVALID_TYPE if first["type"].endswith("_type") else Code.INVALID_VALUE)
+    hint = context.get("hint")
+    message = first["msg"][0].lower() + first["msg"][1:]
+    if code is Code.CONFLICTING_FIELDS:
+        location = [*location, context["field"]]
+        message = context["reason"]
+    elif code is Code.UNKNOWN_FIELD:
+        names = _fields_at(spec, location[:-1])
+        near = difflib.get_close_matches(location[-1], names, 1, cutoff=0.5)
+        message = f"{'.'.join(location)} is not a field here"
+        hint = f"Did you mean {near[0]}?" if near else f"Fields here: {', '.join(names)}."
+    elif code is Code.MISSING_FIELD:
+        message = f"{'.'.join(location)} is missing"
+    param = ".".join(location)
+    if param and param not in message and code is not Code.CONFLICTING_FIELDS:
+        message = f"{param}: {message}"
+    if len(problems) > 1:
+        message += f" (and {len(problems) - 1} more problem{'s' if len(problems) > 2 else ''})"
+    return BadRequest(message, param=param or None, code=code, hint=hint)
+
+
+def _path(problem: ErrorDetails) -> list[str]:
+    """The location without the names that pydantic adds for members of a union."""
+    return [
+        str(step) for step in problem["loc"] if not (isinstance(step, str) and ("[" in step or step in ("str", "list")))
+    ]
+
+
+def _fields_at(spec: type[BaseModel], path: list[str]) -> list[str]:
+    current: type[BaseModel] | None = spec
+    for step in path:
+        if current is None or step not in current.model_fields:
+            return []
+        current = _spec_in(current.model_fields[step].annotation)
+    return sorted(current.model_fields) if current else []

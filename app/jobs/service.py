@@ -1,0 +1,300 @@
+"""What can be done with jobs: submit, show, list, cancel."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement
+from sqlalchemy.orm import Session
+
+from app.artifacts import inspect, references
+from app.catalog import Catalog
+from app.deployments import repository as deployments
+from app.errors import BadRequest, Code, Conflict, IdempotencyKeyReused, InsufficientStorage, NotFound
+from app.files import repository as files
+from app.jobs import repository
+from app.jobs.intake import Intake, validate_spec
+from app.jobs.repository import Move
+from app.jobs.schemas import CheckpointOut, EventOut, JobOut, StepMetrics, by_step
+from app.models import Job, new_id, now
+from app.paging import Page, page_of
+from app.projects.caller import Caller
+from app.settings import Settings
+from app.specs import DeploySpec, JobSpec, TrainSpec
+from app.states import JobState
+from app.storage import Storage
+
+
+class Submission:
+    """Turns a validated spec into rows: the job, and the jobs that follow it."""
+
+    def __init__(self, session: Session, settings: Settings, catalog: Catalog, caller: Caller) -> None:
+        self._session = session
+        self._settings = settings
+        self._catalog = catalog
+        self._caller = caller
+
+    def submit(self, intake: Intake, idempotency_key: str | None = None) -> JobOut:
+        """Stores the job and its follow-ups; the same key and body again give the same job."""
+        fingerprint = _sha256(intake.submitted)
+        if idempotency_key is not None:
+            earlier = repository.by_idempotency_key(self._session, self._caller.project_id, idempotency_key)
+            if earlier is not None:
+                if earlier.idem_sha256 != fingerprint:
+                    raise IdempotencyKeyReused(
+                        "this Idempotency-Key came before with another body",
+                        param="Idempotency-Key",
+                        hint="Use a new key for a new request.",
+                    )
+                return show(self._session, self._caller.project_id, earlier.id)
+        check_disk(self._settings)
+        job = self._add(intake.spec, intake.submitted, [], idem=(idempotency_key, fingerprint))
+        for warning in intake.warnings:
+            repository.note(self._session, job.id, Move(JobState.QUEUED, "spec_warning", warning, "warn"))
+        if isinstance(intake.spec, TrainSpec):
+            self._follow_ups(intake.spec, job)
+        return show(self._session, self._caller.project_id, job.id)
+
+    def _follow_ups(self, spec: TrainSpec, job: Job) -> None:
+        parent, model = job, job
+        for step in spec.then:
+            common: dict[str, Any] = {"type": step, "experiment_name": job.experiment_name, "priority": job.priority}
+            if step == "merge":
+                extra = {"adapter": f"job:{job.id}", "output_name": f"{job.experiment_name[:56]}_merged"}
+            elif step == "validate":
+                extra = {"model": f"job:{model.id}"}
+            else:
+                extra = {"model": f"job:{model.id}", "name": job.experiment_name}
+            intake = validate_spec({**common, **extra}, self._catalog)
+            parent = self._add(intake.spec, intake.submitted, [parent.id])
+            model = parent if step == "merge" else model
+
+    def _add(
+        self,
+        spec: JobSpec,
+        submitted: dict[str, Any],
+        parents: list[str],
+        *,
+        idem: tuple[str | None, str] = (None, ""),
+    ) -> Job:
+        algorithm = spec.algorithm if isinstance(spec, TrainSpec) else None
+        resolved = spec.model_dump(mode="json")
+        waits = self._resolve(spec, resolved)
+        name = spec.experiment_name or f"{spec.default_name()[:54]}_{now():%Y%m%d}"
+        resolved["experiment_name"] = name
+        job = Job(
+            id=new_id("ftjob" if spec.type == "train" else "job"),
+            project_id=self._caller.project_id,
+            created_by=self._caller.key_id,
+            type=spec.type,
+            algorithm=algorithm,
+            experiment_name=name,
+            spec=submitted,
+            spec_sha256=_sha256(resolved),
+            resolved_spec=resolved,
+            slot_class="control" if isinstance(spec, DeploySpec) else self._catalog.slot_class(spec.type, algorithm),
+            priority=spec.priority,
+            labels=spec.metadata,
+            idem_key=idem[0],
+            idem_sha256=idem[1] or None,
+        )
+        repository.add(self._session, job, sorted({*parents, *waits}))
+        return job
+
+    def _resolve(self, spec: JobSpec, resolved: dict[str, Any]) -> list[str]:
+        """Checks that every input exists, pins it in ``resolved``, and says which jobs must end first."""
+        waits: list[str] = []
+        for path, kind, value in references.references(spec):
+            if kind == "file":
+                self._check_file(value, path)
+                continue
+            revision = spec.model.revision if isinstance(spec, TrainSpec) and path.startswith("model.") else None
+            found = references.resolve(
+                self._session, self._settings, self._caller.project_id, value, param=path, revision=revision
+            )
+            _set(resolved, path, found.pinned)
+            if found.job_id:
+                waits.append(found.job_id)
+            elif found.folder and kind == "adapter":
+                check_adapter(found, path)
+            elif found.folder and isinstance(spec, TrainSpec):
+                check_base(found, spec, path)
+        if isinstance(spec, DeploySpec):
+            if spec.engine not in self._catalog.engines:
+                names = ", ".join(self._catalog.engines)
+                raise BadRequest(f"engine {spec.engine!r} is unknown", param="engine", hint=f"One of: {names}.")
+            live = deployments.live_by_name(self._session, self._caller.project_id, spec.name)
+            if live is not None:
+                raise Conflict(
+                    f"a deployment named {spec.name} is {live.status}",
+                    param="name",
+                    code=Code.NAME_TAKEN,
+                    hint=f"Choose another name, or DELETE /deployments/{live.id} first.",
+                )
+        return waits
+
+    def _check_file(self, file_id: str, path: str) -> None:
+        if files.get(self._session, self._caller.project_id, file_id) is None:
+            raise NotFound(f"{path}: there is no file {file_id}", param=path, hint="Upload it first with POST /files.")
+
+
+def check_base(found: references.Resolved, spec: TrainSpec, path: str) -> None:
+    """What can be known of a local base before any GPU time: readable, unquantised, has the target modules."""
+    assert found.folder is not None
+    if inspect.looks_like_adapter(found.folder):
+        raise BadRequest(
+            f"{path}: this is an adapter, not a model",
+            param=path,
+            code=Code.MODEL_INVALID,
+            hint="Merge it first, and train on the merged model.",
+        )
+    config = inspect.read_json(found.folder / "config.json", path)
+    purpose = {"lora": "LoRA here", "qlora": "QLoRA (it quantises by itself)", "full": "full fine-tuning"}
+    inspect.check_unquantised(config, path, purpose[spec.model.method])
+    if spec.model.peft_config is not None:
+        targets = spec.model.peft_config.module_names()
+        if isinstance(targets, list):
+            inspect.check_targets(found.folder, targets, "model.peft_config.target_modules")
+
+
+def check_adapter(found: references.Resolved, path: str) -> None:
+    """An adapter field must lead to an adapter."""
+    assert found.folder is not None
+    if not inspect.looks_like_adapter(found.folder):
+        raise BadRequest(
+            f"{path}: there is no adapter_config.json, so this is not an adapter",
+            param=path,
+            code=Code.ADAPTER_INVALID,
+            hint="Name the adapter that a LoRA or QLoRA run left.",
+        )
+
+
+def check_disk(settings: Settings) -> None:
+    """Refuses new work when the disk is nearly full. Raises InsufficientStorage."""
+    free = Storage(settings.data_dir).free_bytes()
+    if free < settings.min_free_bytes:
+        raise InsufficientStorage(
+            f"the disk has {free >> 20} MiB left; new work needs {settings.min_free_bytes >> 20} MiB",
+            hint="Free space in the data directory; jobs that run go on.",
+        )
+
+
+def show(session: Session, project_id: str, job_id: str) -> JobOut:
+    """One job. Raises NotFound."""
+    return _shown(session, [existing(session, project_id, job_id)])[0]
+
+
+def listing(
+    session: Session, project_id: str, limit: int, after: str | None, filters: Sequence[ColumnElement[bool]]
+) -> Page[JobOut]:
+    """Newest first; replicas of deployments are left out unless asked for by type."""
+    cursor = existing(session, project_id, after, "after") if after else None
+    rows = repository.page(session, project_id, limit, cursor, filters)
+    return page_of(_shown(session, rows), limit, [row.id for row in rows])
+
+
+def job_filters(
+    status: str | None, type_: str | None, experiment_name: str | None, metadata: dict[str, str]
+) -> list[ColumnElement[bool]]:
+    """Query parameters as conditions."""
+    conditions: list[ColumnElement[bool]] = []
+    if status == "paused":
+        conditions += [Job.state == JobState.QUEUED, Job.paused_at.is_not(None)]
+    elif status is not None:
+        conditions.append(Job.state == status)
+        if status == "queued":
+            conditions.append(Job.paused_at.is_(None))
+    conditions.append(Job.type == type_ if type_ else Job.type != "serve")
+    if experiment_name:
+        conditions.append(Job.experiment_name == experiment_name)
+    conditions += [Job.labels[key].as_string() == value for key, value in metadata.items()]
+    return conditions
+
+
+def events(session: Session, project_id: str, job_id: str, limit: int, after: str | None, order: str) -> Page[EventOut]:
+    """A job's history; ``after`` is an event's id or its number."""
+    existing(session, project_id, job_id)
+    seq = None
+    if after is not None:
+        seq = int(after) if after.isdecimal() and len(after) < 10 else repository.event_seq(session, job_id, after)
+        if seq is None:
+            raise NotFound(f"there is no event {after} in this job", param="after")
+    rows = repository.events(session, job_id, limit, seq, newest_first=order == "desc")
+    return page_of([EventOut.of(row) for row in rows], limit, [row.id for row in rows])
+
+
+def metrics(session: Session, project_id: str, job_id: str, after_step: int, limit: int) -> list[StepMetrics]:
+    """Numbers of the logged steps."""
+    existing(session, project_id, job_id)
+    return by_step(list(repository.metrics(session, job_id, after_step, limit)))
+
+
+def checkpoints(session: Session, project_id: str, job_id: str) -> Page[CheckpointOut]:
+    """A job's checkpoints, newest first."""
+    existing(session, project_id, job_id)
+    rows = repository.checkpoints(session, job_id)
+    return page_of([CheckpointOut.of(row) for row in rows], len(rows), [row.id for row in rows])
+
+
+def log_tail(session: Session, settings: Settings, project_id: str, job_id: str, tail_bytes: int) -> str:
+    """The end of the newest attempt's log; empty before there is one."""
+    job = existing(session, project_id, job_id)
+    path = Storage(settings.data_dir).attempt_dir(job_id, job.fence) / "log.txt"
+    attempts = sorted(path.parent.parent.glob("a*/log.txt"), key=lambda log: int(log.parent.name[1:]))
+    if not path.exists() and attempts:
+        path = attempts[-1]
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - tail_bytes))
+            return file.read(tail_bytes).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+
+
+def cancel(session: Session, project_id: str, job_id: str) -> tuple[JobOut, bool]:
+    """T9 or T10. Returns the job, and True when it is already final. Raises Conflict for a finished job."""
+    job = existing(session, project_id, job_id)
+    queued = Move(JobState.CANCELLED, "job_cancelled", "Cancelled before it ran.", "warn")
+    if repository.transition(session, job_id, JobState.QUEUED, queued):
+        return show(session, project_id, job_id), True
+    asked = Move(
+        JobState.RUNNING,
+        "cancel_requested",
+        "Cancellation was asked for.",
+        "warn",
+        values={"cancel_requested_at": now()},
+    )
+    repository.note(session, job_id, asked, Job.state == JobState.RUNNING, Job.cancel_requested_at.is_(None))
+    session.refresh(job)
+    if JobState(job.state).terminal:
+        raise Conflict(
+            f"the job is {job.state} and cannot be cancelled", param="job_id", hint="A finished job stays as it is."
+        )
+    return show(session, project_id, job_id), False
+
+
+def existing(session: Session, project_id: str, job_id: str, param: str = "job_id") -> Job:
+    """The row. Raises NotFound."""
+    job = repository.get(session, project_id, job_id)
+    if job is None:
+        raise NotFound(f"there is no job {job_id}", param=param)
+    return job
+
+
+def _shown(session: Session, rows: Sequence[Job]) -> list[JobOut]:
+    ids = [row.id for row in rows]
+    left, waits = repository.artifact_ids(session, ids), repository.parents(session, ids)
+    places = repository.queue_positions(session, rows)
+    return [JobOut.of(row, left[row.id], waits[row.id], places.get(row.id)) for row in rows]
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _set(target: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for step in parents:
+        target = target[step]
+    target[last] = value

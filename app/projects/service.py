@@ -1,0 +1,83 @@
+"""API keys: made once, stored as a hash, checked in constant time."""
+
+import hashlib
+import hmac
+import secrets
+import threading
+import time
+
+from sqlalchemy.orm import Session
+
+from app.db import Database
+from app.errors import Code, Unauthorized
+from app.models import DEFAULT_PROJECT, ApiKey, now
+from app.projects import repository
+from app.projects.caller import Caller
+
+SCOPES = ("read", "submit", "serve", "admin")
+_CACHE_SECONDS = 5.0
+
+
+def create_key(session: Session, name: str, project_id: str = DEFAULT_PROJECT, scopes: tuple[str, ...] = SCOPES) -> str:
+    """A new key ``ts_<id>_<secret>``; this is the only time that it can be seen."""
+    repository.ensure_default(session)
+    key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+    session.add(ApiKey(id=key_id, project_id=project_id, name=name, secret_sha256=_hash(secret), scopes=list(scopes)))
+    return f"ts_{key_id}_{secret}"
+
+
+def first_key(session: Session) -> str | None:
+    """The bootstrap key, if there is none at all yet."""
+    return create_key(session, "bootstrap") if repository.count_keys(session) == 0 else None
+
+
+class KeyRing:
+    """Checks keys, remembering good ones for 5 s so that a busy client costs no query a request."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._known: dict[str, tuple[float, Caller]] = {}
+        self._lock = threading.Lock()
+
+    def check(self, authorization: str | None) -> Caller:
+        """The caller behind an ``Authorization`` header. Raises Unauthorized."""
+        if not authorization:
+            raise Unauthorized(
+                "no API key was sent",
+                code=Code.MISSING_API_KEY,
+                hint="Send the header Authorization: Bearer <key>; the first key lies in DATA_DIR/api_key.",
+            )
+        scheme, _, key = authorization.partition(" ")
+        parts = key.strip().split("_", 2)
+        if scheme.lower() != "bearer" or len(parts) != 3 or parts[0] != "ts" or not key.isascii():
+            raise _wrong()
+        digest = _hash(key.strip())
+        with self._lock:
+            seen = self._known.get(digest)
+        if seen and time.monotonic() - seen[0] < _CACHE_SECONDS:
+            return seen[1]
+        caller = self._look_up(parts[1], parts[2])
+        with self._lock:
+            if len(self._known) > 10_000:
+                self._known.clear()
+            self._known[digest] = (time.monotonic(), caller)
+        return caller
+
+    def _look_up(self, key_id: str, secret: str) -> Caller:
+        with self._database.read() as session:
+            row = repository.key(session, key_id)
+        # The comparison is made even for an unknown id, so that timing tells nothing.
+        good = hmac.compare_digest(_hash(secret), row.secret_sha256 if row else _hash(""))
+        if row is None or not good or row.revoked_at or (row.expires_at and row.expires_at < now()):
+            raise _wrong()
+        return Caller(row.project_id, row.id, frozenset(row.scopes))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _wrong() -> Unauthorized:
+    return Unauthorized(
+        "the API key is not valid", hint="Check it for a missing part; keys look like ts_<id>_<secret>."
+    )

@@ -1,0 +1,217 @@
+"""The loop that sets right what nobody else will: rings for waiting jobs, reaps silent ones, settles deploy jobs.
+
+Runs in every API and every worker process; each step is a guarded UPDATE, so any number may run at once.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy import or_, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from app.catalog import Catalog
+from app.db import Database, after_commit
+from app.deployments import repository as deployments
+from app.deployments import service
+from app.errors import AppError
+from app.jobs import repository
+from app.jobs.repository import Move
+from app.models import Deployment, Job
+from app.queue import AnyDoorbell
+from app.settings import Settings
+from app.specs import DeploySpec
+from app.states import DeploymentState, JobState
+
+log = logging.getLogger(__name__)
+TICK = 1.0
+CONTROLLER = "reconciler"
+
+
+@dataclass
+class Watch:
+    """A running job as it was last seen: its fence and heartbeat, and how long they have not changed."""
+
+    fence: int
+    hb_seq: int
+    silent: float = 0.0
+
+
+class Reconciler(threading.Thread):
+    """Ticks every second. ``monotonic`` is injectable for tests; no wall clock decides anything."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        catalog: Catalog,
+        doorbell: AnyDoorbell,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(name="reconciler", daemon=True)
+        self._settings = settings
+        self._database = database
+        self._catalog = catalog
+        self._doorbell = doorbell
+        self._monotonic = monotonic
+        self._stop_event = threading.Event()
+        self._watched: dict[str, Watch] = {}
+        self._last_reap: float | None = None
+        self._next_ring = 0.0
+
+    def run(self) -> None:
+        """Until ``stop``."""
+        while not self._stop_event.wait(TICK * random.uniform(0.8, 1.2)):
+            try:
+                self.tick()
+            except SQLAlchemyError as error:
+                self._watched.clear()  # a blind reaper must not count the time it did not see
+                log.warning("reconciler: the database does not answer: %s", error)
+            except Exception:
+                log.exception("reconciler: a step failed")
+
+    def stop(self) -> None:
+        """Ends the loop."""
+        self._stop_event.set()
+        if self.is_alive():
+            self.join(timeout=5)
+
+    def tick(self) -> None:
+        """One round of every step."""
+        self._ring()
+        self._reap()
+        self._deploy()
+
+    def _ring(self) -> None:
+        """A queued row is the message; the doorbell is rung again as long as one waits."""
+        if self._monotonic() < self._next_ring:
+            return
+        self._next_ring = self._monotonic() + self._settings.heartbeat_seconds
+        with self._database.read() as session:
+            waiting = repository.waiting_classes(session) - {"control"}
+        if waiting:
+            self._doorbell.ring()
+
+    def _reap(self) -> None:
+        """T8: a job whose heartbeat this process has watched unchanged for a whole lease goes to another worker."""
+        clock = self._monotonic()
+        passed = clock - self._last_reap if self._last_reap is not None else 0.0
+        self._last_reap = clock
+        if passed > 3 * TICK + self._settings.heartbeat_seconds:
+            self._watched.clear()  # this process was stopped or starved; it watches anew
+            return
+        with self._database.read() as session:
+            rows = [job for job in repository.running(session) if job.slot_class != "control"]
+        seen: dict[str, Watch] = {}
+        for job in rows:
+            watch = self._watched.get(job.id)
+            if watch is None or (watch.fence, watch.hb_seq) != (job.fence, job.hb_seq):
+                watch = Watch(job.fence, job.hb_seq)
+            else:
+                watch.silent += passed
+            seen[job.id] = watch
+            if watch.silent >= self._settings.lease_seconds:
+                with self._database.write() as session:
+                    after_commit(session, self._doorbell.ring)
+                    reap(session, job)
+        self._watched = seen
+
+    def _deploy(self) -> None:
+        """Deploy jobs compute nothing, so no slot runs them: this step makes their deployment and watches it."""
+        with self._database.read() as session:
+            waiting = session.scalar(
+                select(Job.id)
+                .where(
+                    Job.slot_class == "control",
+                    Job.blocked_by == 0,
+                    or_(Job.state == JobState.RUNNING, Job.state == JobState.QUEUED),
+                )
+                .limit(1)
+            )
+        if waiting is None:
+            return
+        self._start_deploys()
+        self._settle_deploys()
+
+    def _start_deploys(self) -> None:
+        while True:
+            with self._database.write() as session:
+                after_commit(session, self._doorbell.ring)
+                job = repository.claim(session, CONTROLLER, "control", ["control"])
+                if job is None:
+                    return
+                spec = DeploySpec.model_validate(job.resolved_spec)
+                try:
+                    with session.begin_nested():
+                        row = service.create(
+                            session,
+                            self._settings,
+                            self._catalog,
+                            project_id=job.project_id,
+                            key_id=job.created_by,
+                            name=spec.name,
+                            model=spec.model,
+                            options=spec,
+                        )
+                        deployment_id = row.id
+                except AppError as error:
+                    _fail(session, job, str(error.code), error.message, error.hint)
+                else:
+                    session.get_one(Job, job.id).deployment_id = deployment_id
+
+    def _settle_deploys(self) -> None:
+        with self._database.write() as session:
+            jobs = session.scalars(select(Job).where(Job.slot_class == "control", Job.state == JobState.RUNNING)).all()
+            rows = {
+                row.id: row
+                for row in session.scalars(
+                    select(Deployment).where(
+                        Deployment.id.in_([job.deployment_id for job in jobs if job.deployment_id])
+                    )
+                )
+            }
+            for job in list(jobs):
+                row = rows.get(job.deployment_id or "")
+                if job.cancel_requested_at is not None:
+                    if row is not None:
+                        service.stop(session, row.project_id, row.id)
+                    move = Move(JobState.CANCELLED, "job_cancelled", "The deployment was stopped.", "warn")
+                    repository.transition(session, job.id, JobState.RUNNING, move, Job.fence == job.fence)
+                elif row is None:
+                    _fail(session, job, "internal_error", "the deployment is gone", None)
+                elif row.status == DeploymentState.READY:
+                    result = {"deployment_id": row.id, "name": row.name, "endpoint": f"{self._settings.base_url}/v1"}
+                    move = Move(JobState.SUCCEEDED, "job_complete", f"{row.name} answers.", values={"result": result})
+                    repository.transition(session, job.id, JobState.RUNNING, move, Job.fence == job.fence)
+                elif row.status in (DeploymentState.FAILED, DeploymentState.STOPPED):
+                    error = row.last_error or {"code": "engine_error", "message": f"the deployment is {row.status}"}
+                    _fail(session, job, str(error["code"]), str(error["message"]), error.get("hint"))
+
+
+def _fail(session: Session, job: Job, code: str, message: str, hint: str | None) -> None:
+    values = {"error_code": code, "error_detail": {"message": message, "hint": hint}}
+    move = Move(JobState.FAILED, "job_error", message, "error", values=values)
+    repository.transition(session, job.id, JobState.RUNNING, move, Job.fence == job.fence)
+
+
+def reap(session: Session, job: Job) -> bool:
+    """T8 on the row as it was seen; False when it has moved since."""
+    guards = (Job.fence == job.fence, Job.hb_seq == job.hb_seq)
+    fence = {"fence": Job.fence + 1, "phase": None}
+    if job.cancel_requested_at is not None:
+        move = Move(JobState.CANCELLED, "job_cancelled", "Its worker fell silent.", "warn", values=fence)
+    elif job.attempt >= job.max_attempts:
+        detail = {"message": "its worker fell silent each time", "hint": "Look at the worker's machine."}
+        values = {**fence, "error_code": "worker_lost", "error_detail": detail}
+        move = Move(JobState.FAILED, "worker_lost", "Its worker fell silent once too often.", "error", values=values)
+    else:
+        move = Move(JobState.QUEUED, "worker_lost", "Its worker fell silent; the job runs again.", "warn", values=fence)
+    moved = repository.transition(session, job.id, JobState.RUNNING, move, *guards)
+    if moved and job.type == "serve" and job.deployment_id:
+        to = DeploymentState.STOPPED if job.cancel_requested_at else DeploymentState.QUEUED
+        deployments.transition(session, job.deployment_id, to, replica=job.id, socket=None)
+    return moved

@@ -1,0 +1,146 @@
+"""Settings: the only reader of the environment (``TUNESMITH_*``)."""
+
+import hashlib
+import os
+import re
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+SLOT_CLASSES = ("train", "serve", "light", "gpu")
+
+
+def _default_data_dir() -> Path:
+    """``./data`` in a checkout, the user's data folder for an installed wheel."""
+    if (PROJECT_ROOT / "pyproject.toml").is_file():
+        return Path("data")
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "tunesmith"
+
+
+class Settings(BaseSettings):
+    """Everything that an operator can set. Each field is ``TUNESMITH_<NAME>`` in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="TUNESMITH_", extra="ignore", frozen=True, env_ignore_empty=True)
+
+    data_dir: Path = Field(default_factory=_default_data_dir, description="Where everything lives.")
+    run_dir: Path | None = Field(None, description="Sockets; default a private folder for this data directory.")
+    database_url: str | None = Field(None, description="Default SQLite in DATA_DIR; postgresql+psycopg://… too.")
+    broker_url: str | None = Field(None, description="Default an embedded Valkey; redis://… too.")
+    host: str = Field("127.0.0.1", description="Address that the API listens on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port that the API listens on.")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Host headers that are answered, separated by commas; default the bound address and localhost."
+    )
+    url: str | None = Field(None, description="For the CLI: the service to talk to.")
+    api_key: str | None = Field(None, repr=False, description="For the CLI: the key to use.")
+    model_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (), description="Folders, separated by ':', that a local model may come from."
+    )
+    allowed_hub_repos: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("*",), description="Patterns of hub repositories that may be used, separated by commas."
+    )
+    serve_python: Path | None = Field(None, description="Interpreter that has vLLM; default .venv-serve's.")
+    slots: str | None = Field(
+        None, description="Default: each GPU one, light:1; without a GPU train:1,serve:2,light:1."
+    )
+    heartbeat_seconds: float = Field(5.0, gt=0, description="How often a worker says that a job is alive.")
+    lease_seconds: float = Field(30.0, gt=0, description="Silence after which a job is given to another worker.")
+    grace_seconds: float = Field(120.0, gt=0, description="Time that a run gets to save itself after SIGTERM.")
+    max_upload_bytes: int = Field(2 << 30, gt=0, description="Largest file that can be uploaded.")
+    max_body_bytes: int = Field(1 << 20, gt=0, description="Largest JSON or YAML body.")
+    min_free_bytes: int = Field(1 << 30, ge=0, description="Below this much free disk, new work is refused with 507.")
+    plugin_packages: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="More packages with recipes, merges, operations or engines, separated by commas."
+    )
+    bootstrap_key_file: Path | None = Field(
+        None, description="Where the first key is written; default DATA_DIR/api_key."
+    )
+
+    @field_validator("allowed_hosts", "allowed_hub_repos", "plugin_packages", mode="before")
+    @classmethod
+    def _commas(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("model_roots", mode="before")
+    @classmethod
+    def _colons(cls, value: object) -> object:
+        return tuple(Path(part) for part in value.split(":") if part) if isinstance(value, str) else value
+
+    @field_validator("slots")
+    @classmethod
+    def _check_slots(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_slots(value)
+        return value
+
+    @model_validator(mode="after")
+    def _absolute(self) -> Self:
+        object.__setattr__(self, "data_dir", self.data_dir.expanduser().resolve())
+        object.__setattr__(self, "model_roots", tuple(root.expanduser().resolve() for root in self.model_roots))
+        return self
+
+    @cached_property
+    def instance(self) -> str:
+        """Eight hex digits that tell this installation's processes from another's."""
+        return hashlib.sha256(os.fsencode(self.data_dir)).hexdigest()[:8]
+
+    @cached_property
+    def sockets(self) -> Path:
+        """RUN_DIR, made 0700 on first use. A unix socket's path holds 107 bytes, so it is short."""
+        base = os.environ.get("XDG_RUNTIME_DIR")
+        default = Path(base if base and os.access(base, os.W_OK) else tempfile.gettempdir())
+        path = (self.run_dir or default / f"ts-{os.getuid()}-{self.instance}").absolute()
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.stat().st_uid != os.getuid():
+            raise RuntimeError(f"{path} belongs to another user; set TUNESMITH_RUN_DIR")
+        path.chmod(0o700)
+        if len(os.fsencode(path)) + 17 > 107:
+            raise RuntimeError(f"{path} is too long for unix sockets; set TUNESMITH_RUN_DIR to a shorter folder")
+        return path
+
+    @property
+    def database(self) -> str:
+        """The database's URL."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'tunesmith.db'}"
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages that hold plugs: ours, then the operator's."""
+        ours = ("workers.recipes", "workers.operations", "workers.merges", "workers.engines")
+        return (*ours, *self.plugin_packages)
+
+    @property
+    def engine_python(self) -> Path | None:
+        """The interpreter that has vLLM, or None."""
+        candidates = [self.serve_python] if self.serve_python else [PROJECT_ROOT / ".venv-serve" / "bin" / "python"]
+        return next((path for path in candidates if path.is_file()), None)
+
+    @property
+    def base_url(self) -> str:
+        """Where this service is reached from this machine."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def hosts(self) -> list[str]:
+        """Host headers that are answered."""
+        return list(self.allowed_hosts) or sorted({"127.0.0.1", "localhost", "[::1]", "testserver", self.host})
+
+
+def parse_slots(text: str) -> list[tuple[str, str]]:
+    """``train:1,serve:2`` as ``[("train-0", "train"), ("serve-0", "serve"), ("serve-1", "serve")]``."""
+    slots: list[tuple[str, str]] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([a-z]+):(\d{1,3})\s*", part)
+        if not match or match[1] not in SLOT_CLASSES:
+            raise ValueError(f"{part.strip()!r} is not a slot; write e.g. train:1,serve:2,light:1")
+        slots += [(f"{match[1]}-{index}", match[1]) for index in range(int(match[2]))]
+    if not slots:
+        raise ValueError("no slots")
+    return slots

@@ -1,0 +1,139 @@
+"""Where bytes live on disk, and how a finished folder becomes visible at once.
+
+``publish`` writes ``MANIFEST.json``, fsyncs everything and renames the folder into place; the database row that
+follows is what makes it exist. A folder that no row points to is garbage.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.errors import Code, RunError
+
+MANIFEST = "MANIFEST.json"
+_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a manifest says: total size in bytes, and the sha256 of the manifest itself."""
+
+    bytes: int
+    sha256: str
+
+
+class Storage:
+    """The folders under DATA_DIR."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.root = data_dir
+
+    def attempt_dir(self, job_id: str, fence: int) -> Path:
+        """Where one attempt of a job works; only that attempt writes here."""
+        return self.root / "jobs" / job_id / f"a{fence}"
+
+    def job_dir(self, job_id: str) -> Path:
+        """All attempts of a job."""
+        return self.root / "jobs" / job_id
+
+    def artifact_dir(self, artifact_id: str) -> Path:
+        """An artifact's bytes."""
+        return self.root / "artifacts" / artifact_id
+
+    def file_path(self, file_id: str) -> Path:
+        """An uploaded file's bytes."""
+        return self.root / "files" / file_id
+
+    def publish(self, source: Path, artifact_id: str, facts: Mapping[str, Any]) -> Published:
+        """Moves ``source`` to its place as an artifact, durably and all at once.
+
+        Raises RunError (storage_error) when the folder is empty or holds anything but regular files.
+        """
+        entries: dict[str, dict[str, Any]] = {}
+        for path in _regular_files(source):
+            entries[path.relative_to(source).as_posix()] = {
+                "bytes": path.stat().st_size,
+                "sha256": _hash_and_sync(path),
+            }
+        if not entries:
+            raise RunError(Code.STORAGE_ERROR, f"the run left nothing in {source.name}")
+        manifest = json.dumps({**facts, "files": entries}, indent=1, sort_keys=True).encode()
+        _write_durably(source / MANIFEST, manifest)
+        for folder in [path for path in source.rglob("*") if path.is_dir()] + [source]:
+            sync_dir(folder)
+        target = self.artifact_dir(artifact_id)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(source, target)
+        sync_dir(target.parent)
+        return Published(sum(entry["bytes"] for entry in entries.values()), hashlib.sha256(manifest).hexdigest())
+
+    def verify(self, artifact_id: str) -> list[str]:
+        """Names of files that are missing or differ from the manifest."""
+        folder = self.artifact_dir(artifact_id)
+        entries = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return [
+            name
+            for name, entry in entries.items()
+            if not (folder / name).is_file()
+            or (folder / name).stat().st_size != entry["bytes"]
+            or sha256_of(folder / name) != entry["sha256"]
+        ]
+
+    def free_bytes(self) -> int:
+        """Room left for new work."""
+        return shutil.disk_usage(self.root).free
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_dir(folder: Path) -> None:
+    """Makes names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """A file that only we can read, whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
+    os.rename(temporary, path)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _hash_and_sync(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _regular_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise RunError(Code.STORAGE_ERROR, f"{path.name} is neither a file nor a folder")
+        if path.is_file():
+            yield path

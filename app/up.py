@@ -1,0 +1,225 @@
+"""``tunesmith up``: the whole service in the foreground. Starts broker, worker and API, and starts again what dies."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from app.broker import embedded_command, embedded_url, wait_until_ready
+from app.db import Database
+from app.processes import die_with_parent
+from app.projects.service import first_key
+from app.schema import upgrade
+from app.settings import Settings
+from app.storage import write_private
+
+RUN_FILE = "service.json"
+LISTEN_FD = "TUNESMITH_LISTEN_FD"
+BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0)
+_STEADY = 60.0
+_HURRY = 5.0
+Say = Callable[[str], None]
+
+
+class AlreadyUp(RuntimeError):
+    """Another ``up`` holds this data directory."""
+
+
+class DataDirLock:
+    """One service a data directory."""
+
+    def __init__(self, settings: Settings) -> None:
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file: IO[str] = (settings.data_dir / "up.lock").open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise AlreadyUp(f"the service of {settings.data_dir} is already up") from error
+
+    def release(self) -> None:
+        """Lets another ``up`` begin."""
+        self._file.close()
+
+
+@dataclass
+class Part:
+    """One child: how to start it, and what became of it."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    pass_fds: tuple[int, ...] = ()
+    process: "subprocess.Popen[bytes] | None" = None
+    deaths: int = 0
+    started: float = 0.0
+    again_at: float = field(default=0.0)
+
+    def start(self) -> None:
+        """A session of its own, so that Ctrl-C reaches only us; SIGKILL for it if we die."""
+        self.process = subprocess.Popen(
+            self.command,
+            env=self.environment,
+            pass_fds=self.pass_fds,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=die_with_parent,
+        )
+        self.started = time.monotonic()
+
+    def stop(self, seconds: float) -> None:
+        """SIGTERM, patience, SIGKILL."""
+        if self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self.process.terminate()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class Service:
+    """The three parts and the loop that keeps them."""
+
+    def __init__(self, settings: Settings, say: Say) -> None:
+        self.settings = settings
+        self._say = say
+        self._signals = 0
+        self._lock = DataDirLock(settings)
+        self._socket = _listen(settings.host, settings.port)
+        self.port: int = self._socket.getsockname()[1]
+        self.url = settings.model_copy(update={"port": self.port}).base_url
+        self._broker_url = settings.broker_url or embedded_url(settings)
+        environment = {
+            **os.environ,
+            "TUNESMITH_DATA_DIR": str(settings.data_dir),
+            "TUNESMITH_BROKER_URL": self._broker_url,
+            "TUNESMITH_PORT": str(self.port),
+            "PYTHONUNBUFFERED": "1",
+        }
+        fd = self._socket.fileno()
+        python = [sys.executable, "-I", "-m"]
+        self._parts = [
+            Part("worker", [*python, "workers.main"], environment),
+            Part("API", [*python, "app.api"], {**environment, LISTEN_FD: str(fd)}, pass_fds=(fd,)),
+        ]
+        if settings.broker_url is None:
+            plain = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+            self._parts.insert(0, Part("broker", embedded_command(settings), plain))
+
+    def run(self) -> int:
+        """Blocks until SIGINT or SIGTERM; leaves nothing running."""
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        try:
+            self._begin()
+            while not self._signals:
+                self._look_after()
+                time.sleep(0.1)
+        finally:
+            self._end()
+        return 0
+
+    def _begin(self) -> None:
+        upgrade(self.settings)
+        key_file = _first_key(self.settings)
+        for part in self._parts:
+            part.start()
+            if part.name == "broker":
+                wait_until_ready(self._broker_url, 20)
+        if self.settings.broker_url is not None:
+            wait_until_ready(self._broker_url, 20)
+        about = {"url": self.url, "pid": os.getpid(), "key_file": str(key_file)}
+        write_private(self.settings.data_dir / RUN_FILE, json.dumps(about).encode())
+        self._say(f"Tunesmith is up at {self.url} (docs at {self.url}/docs); the API key lies in {key_file}")
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        for part in self._parts:
+            process = part.process
+            if process is not None and process.poll() is not None:
+                part.deaths = 0 if now - part.started > _STEADY else part.deaths
+                delay = BACKOFF[min(part.deaths, len(BACKOFF) - 1)]
+                part.deaths += 1
+                part.process, part.again_at = None, now + delay
+                self._say(f"the {part.name} ended (status {process.returncode}); it starts again in {delay:g} s")
+            elif process is None and now >= part.again_at:
+                part.start()
+
+    def _end(self) -> None:
+        """API first, so that nothing new comes in; then the worker with its grace; then the broker."""
+        with contextlib.suppress(OSError):
+            (self.settings.data_dir / RUN_FILE).unlink()
+        parts = {part.name: part for part in self._parts}
+        self._socket.close()
+        parts["API"].stop(12)
+        worker = parts["worker"]
+        if worker.process is not None and worker.process.poll() is None:
+            self._say(
+                f"stopping; what runs gets {self.settings.grace_seconds:g} s to save itself (Ctrl-C: {_HURRY:g} s)"
+            )
+            worker.process.terminate()
+            deadline = time.monotonic() + self.settings.grace_seconds + 15
+            while worker.process.poll() is None and time.monotonic() < deadline:
+                if self._signals > 1:
+                    deadline = min(deadline, time.monotonic() + _HURRY)
+                    self._signals = 1
+                time.sleep(0.05)
+            worker.stop(0.1)
+        if "broker" in parts:
+            parts["broker"].stop(5)
+        self._lock.release()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+
+
+def running_service(settings: Settings) -> dict[str, Any] | None:
+    """What the service of this data directory wrote about itself; None when it is not up."""
+    try:
+        DataDirLock(settings).release()
+    except AlreadyUp:
+        with contextlib.suppress(OSError, ValueError):
+            about: dict[str, Any] = json.loads((settings.data_dir / RUN_FILE).read_bytes())
+            return about
+    return None
+
+
+def _first_key(settings: Settings) -> Path:
+    path = settings.bootstrap_key_file or settings.data_dir / "api_key"
+    database = Database(settings.database)
+    try:
+        with database.write() as session:
+            key = first_key(session)
+            if key is not None:
+                write_private(path, key.encode() + b"\n")
+                print(f"The first API key (shown once, kept in {path}): {key}", flush=True)
+    finally:
+        database.close()
+    return path
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The API's listening socket is ours: it stays open while the API starts again, and clients wait in its queue."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise RuntimeError(f"{host}:{port} cannot be listened on ({error.strerror}); set TUNESMITH_PORT") from error
+    listener.listen(1024)
+    return listener

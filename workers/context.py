@@ -1,0 +1,140 @@
+"""What a run sees of the world: the runner's implementation of ``RunContext``, over an attempt directory."""
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from app.catalog import ArtifactKind, Catalog
+from app.errors import Code, RunError
+from workers.journal import Journal, finite
+
+ATTEMPT = "attempt.json"
+RESULT = "result.json"
+EVENTS = "events.jsonl"
+LOG = "log.txt"
+_PROGRESS_SECONDS = 0.5
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A folder that becomes an artifact."""
+
+    kind: str
+    name: str | None
+    folder: str
+    facts: dict[str, Any]
+
+
+class JobContext:
+    """Reads ``attempt.json``, writes ``events.jsonl``, collects what goes into ``result.json``."""
+
+    def __init__(self, attempt_dir: Path, attempt: Mapping[str, Any], catalog: Catalog) -> None:
+        self.job_id: str = attempt["job_id"]
+        self.work_dir = attempt_dir / "work"
+        self.checkpoint_dir = attempt_dir / "ckpt"
+        self.catalog = catalog
+        resume = attempt.get("resume_from")
+        self.resume_from = Path(resume) if resume else None
+        self.values: dict[str, Any] = {}
+        self.outputs: list[Output] = []
+        self._dir = attempt_dir
+        self._inputs: dict[str, dict[str, Any]] = attempt["inputs"]
+        self._journal = Journal(attempt_dir / EVENTS)
+        self._stop = threading.Event()
+        self._last_progress = 0.0
+        self.work_dir.mkdir(exist_ok=True)
+        self.checkpoint_dir.mkdir(exist_ok=True)
+
+    def input(self, field: str) -> Path:
+        """See RunContext."""
+        entry = self.input_info(field)
+        if entry.get("path"):
+            return Path(entry["path"])
+        if entry.get("hub"):
+            return self._fetch(field, entry["hub"], entry.get("revision"))
+        raise RunError(Code.BAD_SPEC, f"{field} has no input", param=field)
+
+    def input_info(self, field: str) -> Mapping[str, Any]:
+        """See RunContext."""
+        return self._inputs.get(field, {})
+
+    def _fetch(self, field: str, repo: str, revision: str | None) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+        self.phase("staging")
+        self.event("model_downloading", f"Fetching {repo} from the hub.", repo=repo, revision=revision)
+        try:
+            folder = snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS)
+        except GatedRepoError as error:
+            raise RunError(
+                Code.GATED_MODEL, f"{repo} is gated: {error}", param=field, hint="Accept its licence on the hub first."
+            ) from error
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise RunError(
+                Code.MODEL_UNREACHABLE,
+                f"{repo} cannot be fetched: {type(error).__name__}: {error}",
+                param=field,
+                hint="Check its name and the network, or put the model into a folder under TUNESMITH_MODEL_ROOTS.",
+            ) from error
+        self.event("model_download_complete", f"{repo} is here.", repo=repo)
+        self._inputs[field] = {**self._inputs[field], "path": folder}
+        return Path(folder)
+
+    def phase(self, name: str) -> None:
+        """See RunContext."""
+        self._journal.write("phase", phase=name)
+
+    def event(self, code: str, message: str, *, level: Literal["info", "warn", "error"] = "info", **data: Any) -> None:
+        """See RunContext."""
+        self._journal.write("event", code=code, message=message, level=level, data=data)
+
+    def progress(self, step: int, total_steps: int, **values: float | None) -> None:
+        """See RunContext."""
+        now = time.monotonic()
+        if step < total_steps and now - self._last_progress < _PROGRESS_SECONDS:
+            return
+        self._last_progress = now
+        numbers = {name: finite(value) for name, value in values.items()}
+        self._journal.write("progress", step=step, total_steps=total_steps, **numbers)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """See RunContext."""
+        numbers = {name: finite(value) for name, value in values.items()}
+        self._journal.write("metric", step=step, values=numbers)
+        with (self._dir / "trainer_log.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+
+    def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float]) -> None:
+        """See RunContext."""
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        numbers = {name: finite(value) for name, value in metrics.items()}
+        self._journal.write("checkpoint", path=str(path), step=step, bytes=size, metrics=numbers)
+
+    def resolved(self, path: str, value: Any) -> None:
+        """See RunContext."""
+        self._journal.write("resolved", path=path, value=value)
+
+    def request_stop(self) -> None:
+        """SIGTERM came."""
+        self._stop.set()
+
+    def stop_requested(self) -> bool:
+        """See RunContext."""
+        return self._stop.is_set()
+
+    def output(self, kind: ArtifactKind, name: str | None = None, **facts: Any) -> Path:
+        """See RunContext."""
+        folder = self._dir / f"out{len(self.outputs)}.tmp"
+        folder.mkdir()
+        self.outputs.append(Output(kind, name, folder.name, facts))
+        return folder
+
+    def result(self, **values: Any) -> None:
+        """See RunContext."""
+        self.values |= values

@@ -1,0 +1,64 @@
+"""From a job's row to ``attempt.json``: its references followed to folders, as they are at this moment."""
+
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app.artifacts import references
+from app.catalog import Catalog
+from app.errors import AppError, Code, RunError
+from app.models import Job
+from app.settings import Settings
+from app.storage import Storage
+
+
+def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Job) -> dict[str, Any]:
+    """What the runner needs to know. Raises RunError when an input is gone or the plug is unknown here."""
+    spec_class = catalog.spec_class(job.type, job.algorithm)
+    if spec_class is None:
+        raise RunError(Code.BAD_SPEC, f"this worker does not know {job.algorithm or job.type}")
+    spec = spec_class.model_validate(job.resolved_spec)
+    inputs: dict[str, dict[str, Any]] = {}
+    for path, kind, value in references.references(spec):
+        if kind == "file":
+            inputs[path] = {"path": str(Storage(settings.data_dir).file_path(value)), "file_id": value}
+            continue
+        found = _follow(session, settings, job.project_id, value, path)
+        inputs[path] = _entry(found)
+        base = found.facts.get("base")
+        if base is not None:
+            base_entry = _entry(_follow(session, settings, job.project_id, base, path))
+            inputs[path] |= {"base_path": base_entry.get("path"), "base_hub": base_entry.get("hub")}
+            inputs.setdefault("base_model", base_entry)
+    return {
+        "job_id": job.id,
+        "type": job.type,
+        "algorithm": job.algorithm,
+        "spec": job.resolved_spec,
+        "inputs": inputs,
+        "packages": list(settings.packages),
+    }
+
+
+def follow_model(session: Session, settings: Settings, job: Job, value: str, param: str) -> references.Resolved:
+    """One model reference of a job. Raises RunError."""
+    return _follow(session, settings, job.project_id, value, param)
+
+
+def _follow(session: Session, settings: Settings, project_id: str, value: str, param: str) -> references.Resolved:
+    try:
+        found = references.resolve(session, settings, project_id, value, param=param)
+    except AppError as error:
+        raise RunError(Code.MODEL_NOT_FOUND, error.message, hint=error.hint, param=param) from error
+    if found.job_id is not None:
+        raise RunError(Code.MODEL_NOT_FOUND, f"{found.job_id} left no model", param=param)
+    return found
+
+
+def _entry(found: references.Resolved) -> dict[str, Any]:
+    entry: dict[str, Any] = {**found.facts, "pinned": found.pinned}
+    if found.folder is not None:
+        entry["path"] = str(found.folder)
+    if found.hub is not None:
+        entry |= {"hub": found.hub, "revision": found.revision}
+    return entry

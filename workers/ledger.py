@@ -1,0 +1,229 @@
+"""The database side of one attempt: heartbeats with what the child told, and the one way out of RUNNING.
+
+Every write carries the attempt's fence; when it no longer matches, nothing is written and the caller learns it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Insert
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from app.artifacts import repository as artifacts
+from app.artifacts import view
+from app.db import Database, after_commit
+from app.errors import Code, RunError
+from app.jobs import repository
+from app.jobs.repository import Move
+from app.models import Checkpoint, Job, Metric, new_id, now
+from app.queue import AnyDoorbell
+from app.states import JobState
+from app.storage import Published, Storage
+
+Line = dict[str, Any]
+_LEVELS = ("info", "warn", "error")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the row says to the worker that runs it."""
+
+    lost: bool = False
+    cancel: bool = False
+    pause: bool = False
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A published output, ready for its row."""
+
+    artifact_id: str
+    kind: str
+    name: str
+    facts: dict[str, Any]
+    published: Published
+
+
+class Ledger:
+    """One attempt's way to the database."""
+
+    def __init__(self, database: Database, storage: Storage, doorbell: AnyDoorbell, job: Job, worker_id: str) -> None:
+        self._database = database
+        self._storage = storage
+        self._doorbell = doorbell
+        self.job = job
+        self.worker_id = worker_id
+        self._mine = repository.held_by(worker_id, job.fence)
+
+    def beat(self, lines: Sequence[Line]) -> Flags:
+        """T3, T4: the attempt lives, and this is what it said since the last beat."""
+        values: dict[str, Any] = {}
+        metrics: list[dict[str, Any]] = []
+        with self._database.write() as session:
+            row = repository.heartbeat(session, self.job.id, self.worker_id, self.job.fence, {})
+            if row is None:
+                return Flags(lost=True)
+            for line in lines:
+                self._take(session, row, line, values, metrics)
+            if values:
+                repository.heartbeat(session, self.job.id, self.worker_id, self.job.fence, values)
+            if metrics:
+                _upsert_metrics(session, metrics)
+            flags = Flags(cancel=row.cancel_requested_at is not None, pause=row.pause_requested_at is not None)
+        if any(line["kind"] == "checkpoint" for line in lines):
+            view.refresh_job(self._database, self._storage, self.job.id)
+        return flags
+
+    def _take(
+        self, session: Session, row: Job, line: Line, values: dict[str, Any], metrics: list[dict[str, Any]]
+    ) -> None:
+        kind = line["kind"]
+        if kind == "event":
+            level = line.get("level") if line.get("level") in _LEVELS else "info"
+            data = line.get("data") if isinstance(line.get("data"), dict) else {}
+            self.note(session, str(line.get("code", "message"))[:64], str(line.get("message", "")), str(level), data)
+        elif kind == "phase":
+            values["phase"] = str(line.get("phase"))[:32]
+        elif kind == "progress":
+            values["progress"] = {key: line[key] for key in line if key not in ("t", "kind")}
+        elif kind == "metric" and isinstance(line.get("step"), int) and isinstance(line.get("values"), dict):
+            metrics += [
+                {"job_id": self.job.id, "step": line["step"], "name": str(name)[:64], "value": value}
+                for name, value in line["values"].items()
+                if isinstance(value, int | float) or value is None
+            ]
+        elif kind == "resolved":
+            values["resolved_spec"] = _patched(values.get("resolved_spec", row.resolved_spec), line)
+        elif kind == "checkpoint":
+            self._checkpoint(session, line, values)
+
+    def _checkpoint(self, session: Session, line: Line, values: dict[str, Any]) -> None:
+        step = int(line["step"])
+        path = Path(str(line["path"]))
+        if not path.is_relative_to(self._storage.job_dir(self.job.id)):
+            return
+        relative = str(path.relative_to(self._storage.root))
+        for old in repository.checkpoints(session, self.job.id):
+            if old.step == step:  # an attempt that starts over reaches the same step again
+                session.delete(old)
+        session.flush()
+        session.add(
+            Checkpoint(
+                id=new_id("ftckpt"),
+                job_id=self.job.id,
+                fence=self.job.fence,
+                step=step,
+                path=relative,
+                bytes=int(line["bytes"]),
+                metrics=dict(line.get("metrics") or {}),
+            )
+        )
+        values |= {"ckpt_ref": relative, "ckpt_step": step}
+        self.note(session, "checkpoint_save", f"Checkpoint at step {step}.", "info", {"step": step})
+
+    def note(self, session: Session, code: str, message: str, level: str, data: dict[str, Any] | None = None) -> bool:
+        """An event of this attempt."""
+        return repository.note(session, self.job.id, Move(JobState.RUNNING, code, message, level, data), *self._mine)
+
+    def succeed(self, result: dict[str, Any], finished: Sequence[Finished]) -> bool:
+        """T5 with the artifact rows; never after a cancellation was asked for."""
+        with self._database.write() as session:
+            for output in finished:
+                artifacts.add(
+                    session,
+                    self.job,
+                    id=output.artifact_id,
+                    name=output.name,
+                    kind=output.kind,
+                    bytes=output.published.bytes,
+                    sha256=output.published.sha256,
+                    base_chain=list(output.facts.get("base_chain", [])),
+                    base_artifact_id=output.facts.get("base_artifact_id"),
+                    learning=output.facts.get("learning"),
+                    facts={key: output.facts[key] for key in output.facts if key not in ("base_chain", "learning")},
+                )
+            ids = [output.artifact_id for output in finished]
+            move = Move(
+                JobState.SUCCEEDED,
+                "job_complete",
+                "The job succeeded.",
+                data={"artifacts": ids},
+                values={"result": {**result, "artifact_ids": ids}},
+            )
+            moved = self._leave(session, move, Job.cancel_requested_at.is_(None))
+            if not moved:
+                session.rollback()
+        if moved:
+            view.refresh_job(self._database, self._storage, self.job.id)
+        return moved
+
+    def fail(self, error: RunError, exit_code: int | None = None) -> bool:
+        """T6: final, with what the user can do about it."""
+        detail = {"message": error.message[:4000], "hint": error.hint, "param": error.param}
+        values = {"error_code": str(error.code), "error_detail": detail, "exit_code": exit_code}
+        move = Move(JobState.FAILED, "job_error", error.message, "error", {"error_code": str(error.code)}, values)
+        with self._database.write() as session:
+            return self._leave(session, move, Job.cancel_requested_at.is_(None))
+
+    def requeue(
+        self, code: str, message: str, *, delay: float = 0.0, give_back: bool = False, exit_code: int | None = None
+    ) -> bool:
+        """T7: another attempt, later. ``give_back`` leaves the attempt unspent."""
+        values: dict[str, Any] = {
+            "delay_seconds": delay,
+            "not_before": now() + timedelta(seconds=delay) if delay else None,
+            "phase": None,
+            "exit_code": exit_code,
+        }
+        if give_back:
+            values["attempt"] = Job.attempt - 1
+        move = Move(JobState.QUEUED, code, message, "warn", {"delay_seconds": delay}, values)
+        with self._database.write() as session:
+            after_commit(session, self._doorbell.ring)
+            return self._leave(session, move, Job.cancel_requested_at.is_(None))
+
+    def cancelled(self, message: str = "The run was stopped.") -> bool:
+        """T11: what was asked for came true."""
+        move = Move(JobState.CANCELLED, "job_cancelled", message, "warn")
+        with self._database.write() as session:
+            return self._leave(session, move, Job.cancel_requested_at.is_not(None))
+
+    def _leave(self, session: Session, move: Move, *guards: Any) -> bool:
+        after_commit(session, self._doorbell.ring)  # something may wait for this job or its slot
+        return repository.transition(session, self.job.id, JobState.RUNNING, move, *self._mine, *guards)
+
+    def crashed(self, exit_code: int, reason: str, log_tail: str) -> bool:
+        """A child that died without a word: again after a pause, or final when the attempts are spent."""
+        if self.job.attempt < self.job.max_attempts:
+            delay = 5.0 * 2 ** (self.job.attempt - 1)
+            return self.requeue("runner_killed", f"{reason} Trying again.", delay=delay, exit_code=exit_code)
+        code = Code.KILLED if exit_code < 0 else Code.CRASHED
+        hint = f"The end of its log: {log_tail[-1500:]}" if log_tail else "Its log is empty."
+        return self.fail(RunError(code, f"{reason} {self.job.max_attempts} attempts were made.", hint=hint), exit_code)
+
+
+def _patched(spec: dict[str, Any], line: Line) -> dict[str, Any]:
+    """A copy of the resolved spec with one value replaced."""
+    *parents, last = str(line.get("path", "")).split(".")
+    copy = dict(spec)
+    place = copy
+    for step in parents:
+        inner = place.get(step)
+        place[step] = dict(inner) if isinstance(inner, dict) else {}
+        place = place[step]
+    place[last] = line.get("value")
+    return copy
+
+
+def _upsert_metrics(session: Session, rows: list[dict[str, Any]]) -> None:
+    unique = {(row["step"], row["name"]): row for row in rows}
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    statement: Any = insert(Metric).values(list(unique.values()))
+    upsert: Insert = statement.on_conflict_do_update(
+        index_elements=["job_id", "step", "name"], set_={"value": statement.excluded.value}
+    )
+    session.execute(upsert)

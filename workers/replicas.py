@@ -1,0 +1,185 @@
+"""One replica of a deployment: an engine kept alive on a slot, and the deployment's state kept true."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.artifacts.inspect import read_json
+from app.catalog import EngineLaunch
+from app.deployments import repository
+from app.errors import AppError, Code, RunError
+from app.models import Deployment, now
+from app.specs import DeploymentOptions, ServeSpec
+from app.states import DeploymentState
+from workers.inputs import follow_model
+from workers.ledger import Flags, Line
+from workers.supervisor import Child, Supervision
+
+BACKOFF = (1.0, 5.0, 15.0, 60.0)
+CRASH_LOOP = 5
+STEADY_SECONDS = 600.0
+GRACE_SECONDS = 30.0
+_EXIT_START_TIMEOUT = 3
+
+
+class ReplicaSupervision(Supervision):
+    """Like a run, but it never succeeds: it serves until it is stopped."""
+
+    def run(self) -> None:
+        """From the claim to the settled row."""
+        self._ready_since: float | None = None
+        self._failure: Line = {}
+        spec = ServeSpec.model_validate(self.job.resolved_spec)
+        if not self._move(DeploymentState.STARTING, spec, last_error=None):
+            self.ledger.fail(RunError(Code.WRONG_STATE, "the deployment is stopped"))
+            return
+        try:
+            launch = self._launch(spec)
+            engine = self.house.catalog.engines[spec.engine]
+            child = self.spawn("workers.replica", _attempt(spec, launch, engine.argv(launch), engine.env(launch)))
+        except RunError as error:
+            self._give_up(spec, error)
+            return
+        flags = self.listen(child, lambda lines: self._hear(spec, launch, lines), stop_grace=GRACE_SECONDS + 5)
+        try:
+            self._settle_replica(spec, child, flags)
+        finally:
+            child.close()
+
+    def _launch(self, spec: ServeSpec) -> EngineLaunch:
+        settings = self.house.settings
+        if spec.engine not in self.house.catalog.engines:
+            raise RunError(Code.BAD_SPEC, f"this worker does not know the engine {spec.engine}")
+        python = settings.engine_python
+        if python is None:
+            raise RunError(
+                Code.ENGINE_MISSING,
+                "there is no Python environment with vLLM",
+                hint="Run make setup, or set TUNESMITH_SERVE_PYTHON to an interpreter that has vLLM.",
+            )
+        with self.house.database.read() as session:
+            found = follow_model(session, settings, self.job, spec.model, "model")
+        if found.folder is None:
+            raise RunError(
+                Code.MODEL_NOT_FOUND,
+                f"{spec.model} is not on this machine",
+                hint="Import the model first.",
+                param="model",
+            )
+        self._check_folder(found.folder, found.artifact.id if found.artifact else None)
+        return EngineLaunch(
+            python=python,
+            model_dir=found.folder,
+            served_name=spec.name,
+            socket=settings.sockets / f"{self.job.id[4:12]}{self.job.fence % 10_000}.s",
+            options=DeploymentOptions.model_validate(spec.model_dump(include=set(DeploymentOptions.model_fields))),
+            has_gpu=self.gpu is not None,
+            dtype=_dtype(spec.dtype, has_gpu=self.gpu is not None),
+            cpu_threads=os.cpu_count() or 1,
+        )
+
+    def _check_folder(self, folder: Path, artifact_id: str | None) -> None:
+        """A model that was altered after it was published is not served."""
+        try:
+            read_json(folder / "config.json", "model")
+        except AppError as error:
+            raise RunError(Code.MODEL_INVALID, error.message, hint=error.hint, param="model") from error
+        if artifact_id is not None:
+            differing = self.house.storage.verify(artifact_id)
+            if differing:
+                raise RunError(
+                    Code.MODEL_INVALID,
+                    f"{', '.join(differing[:3])} differ from the manifest",
+                    hint="The files were changed after the job; run the job again.",
+                )
+
+    def _hear(self, spec: ServeSpec, launch: EngineLaunch, lines: list[Line]) -> None:
+        for line in lines:
+            if line["kind"] != "status":
+                continue
+            try:
+                if line.get("status") == "ready":
+                    self._ready_since = self._ready_since or time.monotonic()
+                    self._move(DeploymentState.READY, spec, socket=str(launch.socket), ready_at=now())
+                    self._note("engine_ready", f"The engine answers, {line.get('seconds')} s after its start.", "info")
+                elif line.get("status") == "unhealthy":
+                    self._move(DeploymentState.UNHEALTHY, spec)
+                    self._note("engine_unhealthy", "The engine did not answer a probe.", "warn")
+                elif line.get("status") == "failed":
+                    self._failure = line
+            except SQLAlchemyError:
+                continue  # the next probe, or the next status, says it again
+
+    def _note(self, code: str, message: str, level: str) -> None:
+        with self.house.database.write() as session:
+            self.ledger.note(session, code, message, level)
+
+    def _move(self, to: DeploymentState, spec: ServeSpec, **values: Any) -> bool:
+        with self.house.database.write() as session:
+            return repository.transition(session, spec.deployment_id, to, replica=self.job.id, **values)
+
+    def _settle_replica(self, spec: ServeSpec, child: Child, flags: Flags) -> None:
+        status = child.process.wait()
+        if flags.lost:
+            return
+        if flags.cancel:
+            self._move(DeploymentState.STOPPED, spec)
+            self.ledger.cancelled("The engine was stopped.")
+            return
+        if self.house.stopping.is_set():
+            self._move(DeploymentState.QUEUED, spec, socket=None)
+            self.ledger.requeue("job_interrupted", "The worker is stopping; the engine starts again.", give_back=True)
+        else:
+            self._restart(spec, child, status)
+        self.ledger.cancelled("The engine was stopped.")
+
+    def _restart(self, spec: ServeSpec, child: Child, status: int) -> None:
+        reason = str(self._failure.get("reason") or f"exit status {status}")
+        tail = str(self._failure.get("log_tail") or child.log_tail())
+        steady = self._ready_since is not None and time.monotonic() - self._ready_since > STEADY_SECONDS
+        with self.house.database.read() as session:
+            row = session.get(Deployment, spec.deployment_id)
+            restarts = 0 if steady or row is None else row.restarts
+        if status == _EXIT_START_TIMEOUT:
+            error = RunError(
+                Code.START_TIMEOUT,
+                f"the engine was not ready within {spec.start_timeout} s",
+                hint=f"Its log ends: {tail}",
+            )
+            self._give_up(spec, error)
+        elif restarts + 1 >= CRASH_LOOP:
+            error = RunError(
+                Code.ENGINE_CRASH_LOOP, f"the engine died {CRASH_LOOP} times ({reason})", hint=f"Its log ends: {tail}"
+            )
+            self._give_up(spec, error)
+        else:
+            delay = BACKOFF[min(restarts, len(BACKOFF) - 1)]
+            error_object = {"code": "engine_died", "message": reason, "log_tail": tail[-1500:]}
+            self._move(DeploymentState.QUEUED, spec, socket=None, restarts=restarts + 1, last_error=error_object)
+            self.ledger.requeue("engine_died", f"The engine died ({reason}); it starts again.", delay=delay)
+
+    def _give_up(self, spec: ServeSpec, error: RunError) -> None:
+        detail = {"code": str(error.code), "message": error.message, "hint": error.hint}
+        self._move(DeploymentState.FAILED, spec, last_error=detail)
+        self.ledger.fail(error)
+
+
+def _dtype(asked: str, *, has_gpu: bool) -> str:
+    """float32 unless a GPU computes in less, or somebody asked."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if has_gpu else "float32"
+
+
+def _attempt(spec: ServeSpec, launch: EngineLaunch, argv: list[str], env: dict[str, str]) -> dict[str, Any]:
+    return {
+        "argv": argv,
+        "env": env,
+        "socket": str(launch.socket),
+        "served_name": launch.served_name,
+        "start_timeout": spec.start_timeout,
+        "grace_seconds": GRACE_SECONDS,
+    }
