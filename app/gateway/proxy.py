@@ -33,7 +33,8 @@ _KEEP_ALIVE = 2.0
 class EngineClient:
     """Connections to the engines, and where they are. One per application; ``close`` it at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._sessions: dict[str, tuple[str, aiohttp.ClientSession]] = {}
         self._routes: dict[tuple[str, str], tuple[float, Route]] = {}
 
@@ -93,12 +94,12 @@ class EngineClient:
 
     async def _route(self, model: str, project_id: str, find: FindRoute) -> Route:
         known = self._routes.get((project_id, model))
-        if known and known[0] > time.monotonic():
+        if known and known[0] > self._clock():
             return known[1]
         route = await anyio.to_thread.run_sync(find, model, project_id)
         if len(self._routes) >= _MAX_ROUTES:
             self._routes.clear()
-        self._routes[project_id, model] = (time.monotonic() + ROUTE_SECONDS, route)
+        self._routes[project_id, model] = (self._clock() + ROUTE_SECONDS, route)
         return route
 
     def _forget(self, model: str, project_id: str) -> None:

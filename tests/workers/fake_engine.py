@@ -108,8 +108,8 @@ class Handler(BaseHTTPRequestHandler):
             words = iter(WORDS) if mode != "slow_stream" else iter(lambda: " again", None)
             for number, word in enumerate(words):
                 if mode == "dies_mid_stream" and number == 2:
+                    time.sleep(0.2)  # else the break may overtake the words before it
                     self.close_connection = True
-                    self.connection.close()
                     return
                 delta = {"delta": {"content": word}} if chat else {"text": word}
                 event = {

@@ -84,5 +84,6 @@ def test_no_route_that_changes_the_engine_is_open() -> None:
 
 
 def test_only_a_cpu_engine_gets_cpu_settings() -> None:
-    assert engine.env(replace(CPU, cpu_threads=6))["OMP_NUM_THREADS"] == "6"
+    assert engine.env(replace(CPU, cpu_threads=6))["OMP_NUM_THREADS"] == "5"
+    assert engine.env(replace(CPU, cpu_threads=1))["OMP_NUM_THREADS"] == "1"
     assert not [key for key in engine.env(replace(CPU, has_gpu=True)) if "CPU" in key or "OMP" in key]
