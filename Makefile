@@ -1,0 +1,57 @@
+# Every target works from a fresh clone: `setup` comes first and is quick when there is nothing to do.
+
+PYTHON ?= python3
+BIN := .venv/bin
+BENCHMARKS := $(sort $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test check static bench locks clean
+
+help:
+	@echo "make demo        the main job end to end: fine-tune, merge, prove, serve, chat"
+	@echo "make up          the whole service in the foreground"
+	@echo "make test        every test that this machine can run in about 25 minutes"
+	@echo "make check       format, lint, types, import contracts, migrations, then the tests"
+	@echo "make bench       every benchmark; make bench-NAME runs benchmarks/NAME.py"
+	@echo "make setup       .venv and .venv-serve from the locks (the others do it first; SERVE=0 leaves out .venv-serve)"
+	@echo "make locks       resolve the locks again from pyproject.toml"
+	@echo "make clean       remove the environments and the tools' caches"
+	@echo "Variables: PYTHON=/path/to/python3.11 or newer, ARGS='more arguments for pytest or the command'"
+
+setup:
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "setup: there is no $(PYTHON). Install Python 3.11 or newer, or name one: make setup PYTHON=/path/to/python3"; \
+		exit 1; }
+	@SERVE="$(SERVE)" "$(PYTHON)" .ci/setup.py
+
+demo: setup
+	@$(BIN)/tunesmith demo $(ARGS)
+
+up: setup
+	@$(BIN)/tunesmith up $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m "not long" -ra $(ARGS)
+
+static: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/tunesmith migrate --check
+
+check: static
+	$(BIN)/python -m pytest -m "not long" -ra $(ARGS)
+
+bench: setup
+	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+
+bench-%: setup
+	@$(BIN)/python benchmarks/$*.py $(ARGS)
+
+locks: setup
+	$(BIN)/python locks/make.py
+
+clean:
+	rm -rf .venv .venv-serve .setup.lock .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
