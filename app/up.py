@@ -11,14 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
 from app.broker import embedded_command, embedded_url, wait_until_ready
-from app.db import Database
 from app.processes import die_with_parent
-from app.projects.service import first_key
+from app.projects.bootstrap import ensure_first_key
 from app.schema import upgrade
 from app.settings import Settings
 from app.storage import write_private
@@ -134,7 +132,7 @@ class Service:
 
     def _begin(self) -> None:
         upgrade(self.settings)
-        key_file = _first_key(self.settings)
+        key_file = ensure_first_key(self.settings, self._say)
         for part in self._parts:
             part.start()
             if part.name == "broker":
@@ -195,20 +193,6 @@ def running_service(settings: Settings) -> dict[str, Any] | None:
             about: dict[str, Any] = json.loads((settings.data_dir / RUN_FILE).read_bytes())
             return about
     return None
-
-
-def _first_key(settings: Settings) -> Path:
-    path = settings.bootstrap_key_file or settings.data_dir / "api_key"
-    database = Database(settings.database)
-    try:
-        with database.write() as session:
-            key = first_key(session)
-            if key is not None:
-                write_private(path, key.encode() + b"\n")
-                print(f"The first API key (shown once, kept in {path}): {key}", flush=True)
-    finally:
-        database.close()
-    return path
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -10,6 +10,7 @@ import typer
 
 from app import schema
 from app.commands.show import as_json, fail, out
+from app.projects.bootstrap import ensure_first_key
 from app.settings import Settings
 from app.up import Service
 
@@ -37,10 +38,11 @@ def migrate(
     check: Annotated[bool, typer.Option("--check", help="Only say whether models and migrations agree.")] = False,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Brings the database to this program's schema."""
+    """Brings the database to this program's schema; a new database gets its first API key."""
     settings = Settings()
     if not check:
         schema.upgrade(settings)
+        ensure_first_key(settings, lambda text: typer.echo(text, err=json))
     else:
         # Against a database of its own, so that it needs no service and touches no data.
         with tempfile.TemporaryDirectory() as folder:
