@@ -198,18 +198,18 @@ def _fail(session: Session, job: Job, code: str, message: str, hint: str | None)
     repository.transition(session, job.id, JobState.RUNNING, move, Job.fence == job.fence)
 
 
-def reap(session: Session, job: Job) -> bool:
-    """T8 on the row as it was seen; False when it has moved since."""
+def reap(session: Session, job: Job, why: str = "Its worker fell silent") -> bool:
+    """T8 (and T19, by a new owner of its slot) on the row as it was seen; False when it has moved since."""
     guards = (Job.fence == job.fence, Job.hb_seq == job.hb_seq)
     fence = {"fence": Job.fence + 1, "phase": None}
     if job.cancel_requested_at is not None:
-        move = Move(JobState.CANCELLED, "job_cancelled", "Its worker fell silent.", "warn", values=fence)
+        move = Move(JobState.CANCELLED, "job_cancelled", f"{why}.", "warn", values=fence)
     elif job.attempt >= job.max_attempts:
-        detail = {"message": "its worker fell silent each time", "hint": "Look at the worker's machine."}
+        detail = {"message": f"{why[0].lower()}{why[1:]} each time", "hint": "Look at the worker's machine."}
         values = {**fence, "error_code": "worker_lost", "error_detail": detail}
-        move = Move(JobState.FAILED, "worker_lost", "Its worker fell silent once too often.", "error", values=values)
+        move = Move(JobState.FAILED, "worker_lost", f"{why} once too often.", "error", values=values)
     else:
-        move = Move(JobState.QUEUED, "worker_lost", "Its worker fell silent; the job runs again.", "warn", values=fence)
+        move = Move(JobState.QUEUED, "worker_lost", f"{why}; the job runs again.", "warn", values=fence)
     moved = repository.transition(session, job.id, JobState.RUNNING, move, *guards)
     if moved and job.type == "serve" and job.deployment_id:
         to = DeploymentState.STOPPED if job.cancel_requested_at else DeploymentState.QUEUED

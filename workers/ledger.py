@@ -161,10 +161,15 @@ class Ledger:
             view.refresh_job(self._database, self._storage, self.job.id)
         return moved
 
-    def fail(self, error: RunError, exit_code: int | None = None) -> bool:
-        """T6: final, with what the user can do about it."""
+    def fail(self, error: RunError, exit_code: int | None = None, result: dict[str, Any] | None = None) -> bool:
+        """T6: final, with what the user can do about it, and what the run had found out by then."""
         detail = {"message": error.message[:4000], "hint": error.hint, "param": error.param}
-        values = {"error_code": str(error.code), "error_detail": detail, "exit_code": exit_code}
+        values = {
+            "error_code": str(error.code),
+            "error_detail": detail,
+            "exit_code": exit_code,
+            "result": result or None,
+        }
         move = Move(JobState.FAILED, "job_error", error.message, "error", {"error_code": str(error.code)}, values)
         with self._database.write() as session:
             return self._leave(session, move, Job.cancel_requested_at.is_(None))

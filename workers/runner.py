@@ -53,10 +53,10 @@ def main() -> int:
     except Interrupted:
         return states.EXIT_CHECKPOINTED
     except RunError as error:
-        return _failed(folder, error)
+        return _failed(folder, error, context)
     except Exception as error:
         traceback.print_exc()
-        return _failed(folder, _as_run_error(error))
+        return _failed(folder, _as_run_error(error), context)
     _write(
         folder, {"status": "ok", "result": context.values, "outputs": [asdict(output) for output in context.outputs]}
     )
@@ -82,10 +82,10 @@ def _as_run_error(error: Exception) -> RunError:
     )
 
 
-def _failed(folder: Path, error: RunError) -> int:
+def _failed(folder: Path, error: RunError, context: JobContext) -> int:
     detail = {"code": error.code, "message": error.message, "hint": error.hint, "param": error.param}
     print(f"{error.code}: {error.message}", file=sys.stderr, flush=True)
-    _write(folder, {"status": "error", "error": detail})
+    _write(folder, {"status": "error", "error": detail, "result": context.values})
     return _EXITS.get(error.code, 1)
 
 

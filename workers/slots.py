@@ -140,6 +140,6 @@ def register(house: House, slots: list[tuple[str, str]]) -> None:
             select(Job).where(Job.state == JobState.RUNNING, Job.worker_id.in_(dead), Job.slot_id.in_(taken))
         ).all()
         for job in orphans:
-            reap(session, job)  # T19: the slot's lock proves that its worker is gone
+            reap(session, job, "Its worker died")  # T19: the slot's lock proves it
         for worker in session.scalars(select(Worker).where(Worker.id.in_(dead))):
             worker.stopped_at = now()

@@ -233,7 +233,7 @@ class Supervision:
             except OSError as error:
                 self.ledger.fail(RunError(Code.STORAGE_ERROR, f"the result cannot be stored: {error}"), status)
         elif result is not None:
-            self.ledger.fail(_error_of(result), status)
+            self.ledger.fail(_error_of(result), status, result.get("result"))
         elif status == states.EXIT_CHECKPOINTED or self.house.stopping.is_set():
             self.ledger.requeue(
                 "job_interrupted", "The worker is stopping; the job runs again.", give_back=True, exit_code=status

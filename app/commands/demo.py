@@ -106,7 +106,7 @@ def _service(model: Path, report: Report) -> Iterator[Client]:
         "TUNESMITH_PORT": os.environ.get("TUNESMITH_PORT", "0"),
     }
     log_path = settings.data_dir / "demo.log"
-    with report.phase("service up"), log_path.open("wb") as log:
+    with log_path.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-I", "-m", "app.cli", "up"], env=environment, stdout=log, stderr=log
         )
