@@ -1,6 +1,7 @@
 """What every request passes: size caps, a request id, and the one place where errors become answers."""
 
 import logging
+import re
 import sqlite3
 import uuid
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import AppError, BadRequest, Code, Conflict, TooLarge, Unavailable
@@ -21,15 +23,17 @@ _UPLOADS = ("/files", "/v1/files")
 _MULTIPART_SLACK = 1 << 20
 _MAX_HEADER_BYTES = 32 << 10
 _NO_RETRY = (409, 507)
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::[0-9]{1,5})?")
 
 
 class Guard:
-    """ASGI middleware: caps bodies and headers, and gives every answer an ``x-request-id``."""
+    """ASGI middleware: known hosts only, capped bodies and headers, and an ``x-request-id`` on every answer."""
 
     def __init__(self, app: ASGIApp, settings: Settings, chat_body_bytes: int = 10 << 20) -> None:
         self._app = app
         self._settings = settings
         self._chat_body_bytes = chat_body_bytes
+        self._hosts = tuple(host.lower() for host in settings.hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets the request through, or answers it."""
@@ -79,8 +83,25 @@ class Guard:
             error = BadRequest("the request's headers are too large", code=Code.HEADERS_TOO_LARGE)
             error.status = 431
             return error
+        if not self._is_our_host([value for name, value in headers if name == b"host"]):
+            return BadRequest(
+                "the Host header names another service",
+                param="Host",
+                code=Code.INVALID_HOST,
+                hint="The operator sets TUNESMITH_ALLOWED_HOSTS.",
+            )
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            return BadRequest("the address holds a NUL")  # no database can look for it
         length = next((value for name, value in headers if name == b"content-length"), b"")
         return _too_large(cap) if length.isdigit() and int(length) > cap else None
+
+    def _is_our_host(self, values: list[bytes]) -> bool:
+        """Against pages that resolve a name of theirs to this address (DNS rebinding)."""
+        match = _HOST.fullmatch(values[0].decode("latin-1").lower()) if len(values) == 1 else None
+        if match is None:
+            return False
+        host = match[1]
+        return any(host == own or own == "*" or (own[:2] == "*." and host.endswith(own[1:])) for own in self._hosts)
 
 
 def _too_large(cap: int) -> TooLarge:
@@ -136,19 +157,31 @@ async def _validation(_: Request, error: Exception) -> JSONResponse:
 async def _http(request: Request, error: Exception) -> JSONResponse:
     """What Starlette raises by itself: unknown routes, wrong methods, unreadable forms."""
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, AppError):  # raised while FastAPI read the body
+        return answer(error.__cause__)
     problem = BadRequest(str(error.detail))
     problem.status = error.status_code
     if error.status_code == 404:
         problem = BadRequest(f"there is nothing at {request.url.path[:200]}", code=Code.NOT_FOUND, hint="See /docs.")
         problem.status, problem.type = 404, "not_found_error"
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
+        allowed = _allowed(request)
         problem = BadRequest(
             f"{request.method} is not possible here", code=Code.METHOD_NOT_ALLOWED, hint=f"Possible: {allowed}."
         )
         problem.status = 405
-    response = answer(problem)
-    response.headers.update(error.headers or {})
+        return _with_headers(answer(problem), {"Allow": allowed})
+    return _with_headers(answer(problem), error.headers or {})
+
+
+def _allowed(request: Request) -> str:
+    """Methods of every route at this path; Starlette itself tells only the first route's."""
+    matches = [(route, route.matches(request.scope)[0]) for route in request.app.router.routes]
+    return ", ".join(sorted({method for route, match in matches if match != Match.NONE for method in route.methods}))
+
+
+def _with_headers(response: JSONResponse, headers: Mapping[str, str]) -> JSONResponse:
+    response.headers.update(headers)
     return response
 
 
@@ -174,4 +207,5 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     log.error("%s %s failed (%s)", request.method, request.url.path, request_id, exc_info=error)
     problem = AppError("something went wrong here", code=Code.INTERNAL_ERROR, hint=f"The log has it: {request_id}.")
     problem.status, problem.type = 500, "server_error"
-    return answer(problem)
+    # This answer leaves outside the Guard.
+    return _with_headers(answer(problem), {"x-request-id": request_id})

@@ -6,9 +6,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from app import health, http
+from app import apidocs, health, http
 from app.artifacts.router import router as artifacts
 from app.catalog import discover
 from app.db import Database
@@ -58,16 +57,16 @@ def create_app(settings: Settings | None = None, doorbell: AnyDoorbell | None = 
         rooms.doorbell.close()
         database.close()
 
-    app = FastAPI(title="Tunesmith", version="0.1.0", description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="Tunesmith", version="0.1.0", description=DESCRIPTION, lifespan=lifespan, openapi_url=None)
     app.state.rooms = rooms
     app.state.stopping = False
     http.install(app)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.hosts, www_redirect=False)
     app.add_middleware(http.Guard, settings=settings)
     for router in (jobs, files, artifacts, deployments, openai, gateway):
         app.include_router(router)
     _add_health(app)
     _add_schemas(app, rooms)
+    apidocs.add(app, rooms)
     return app
 
 

@@ -95,15 +95,20 @@ def exited(process: "subprocess.Popen[bytes]") -> bool:
         return True
 
 
-def kill_now(process: "subprocess.Popen[bytes]", token: str) -> bool:
-    """One round of SIGKILL for the group, the token's holders; True when there was nobody left to kill."""
-    clean = not _living_group(process, token)
-    if not clean:
-        _signal_group(process, token, signal.SIGKILL)
-    for pid in processes_with_token(token):
-        clean = False
+def kill_holders(token: str) -> list[int]:
+    """SIGKILL for every process with the token but the caller; returns whom it found."""
+    found = processes_with_token(token)
+    for pid in found:
         _kill_holder(pid, token)
-    return clean
+    return found
+
+
+def kill_now(process: "subprocess.Popen[bytes]", token: str) -> bool:
+    """One round of SIGKILL for the group and the token's holders; True when there was nobody left to kill."""
+    group = _living_group(process, token)
+    if group:
+        _signal_group(process, token, signal.SIGKILL)
+    return not kill_holders(token) and not group
 
 
 def kill_ladder(
@@ -198,14 +203,16 @@ def _kill_holder(pid: int, token: str) -> None:
         os.close(fd)
 
 
+def processes_of_instance(instance: str) -> list[int]:
+    """Living processes of any attempt of an installation (``Settings.instance``)."""
+    return [pid for pid in _pids() if _token_of(pid).startswith(f"{instance}:")]
+
+
 def kill_holders_of_slot(instance: str, slot_id: str) -> list[int]:
     """SIGKILL for what a dead worker left on a slot: tokens are ``<instance>:<job>:<fence>:<slot>``. Returns pids."""
-    killed: list[int] = []
-    for pid in _pids():
-        token = _token_of(pid)
-        if pid != os.getpid() and token.startswith(f"{instance}:") and token.endswith(f":{slot_id}"):
-            _kill_holder(pid, token)
-            killed.append(pid)
+    killed = [pid for pid in processes_of_instance(instance) if _token_of(pid).endswith(f":{slot_id}")]
+    for pid in killed:
+        _kill_holder(pid, _token_of(pid))
     return killed
 
 

@@ -117,6 +117,8 @@ def environment(settings: Settings, gpu: str | None) -> dict[str, str]:
     return {
         **passed,
         "PYTHONUNBUFFERED": "1",
+        # Threads that spin while they wait starve each other as soon as the cores are shared with an engine.
+        "GOMP_SPINCOUNT": "1000",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

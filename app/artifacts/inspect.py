@@ -53,9 +53,8 @@ def _header(path: Path, param: str) -> dict[str, list[int]]:
         ) from error
 
 
-def check_targets(folder: Path, targets: list[str], param: str) -> None:
-    """Refuses target modules that no tensor of the model belongs to."""
-    shapes = tensor_shapes(folder, param)
+def check_targets(shapes: dict[str, list[int]], targets: list[str], param: str) -> None:
+    """Refuses target modules that none of the model's tensors belongs to."""
     modules = {
         name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) >= 2
     }

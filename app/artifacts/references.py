@@ -62,6 +62,8 @@ def resolve(
     session: Session, settings: Settings, project_id: str, value: str, *, param: str, revision: str | None = None
 ) -> Resolved:
     """Follows the grammar of the contract in its order. Raises NotFound or BadRequest that names ``param``."""
+    if "\0" in value:
+        raise BadRequest(f"{param}: a reference holds no NUL", param=param)
     if value.startswith("artifact:"):
         return _artifact(session, settings, project_id, value.removeprefix("artifact:"), param)
     if value.startswith("job:"):
@@ -135,7 +137,7 @@ def _path(session: Session, settings: Settings, project_id: str, value: str, par
             code=Code.MODEL_OUTSIDE_ROOTS,
             hint=f"The operator sets TUNESMITH_MODEL_ROOTS ({roots}).",
         )
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists it is False for a name that is too long
         raise NotFound(f"{param}: there is nothing at {value}", param=param, code=Code.MODEL_NOT_FOUND)
     return Resolved(pinned=str(path), folder=path)
 

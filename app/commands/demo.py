@@ -135,7 +135,7 @@ def _wait_for(settings: Settings, process: "subprocess.Popen[bytes]", log: Path)
             except ServiceError:
                 pass
         time.sleep(0.1)
-    fail("the service did not come up", f"Its log ends:\n{log.read_text(errors='replace')[-3000:]}")
+    return fail("the service did not come up", f"Its log ends:\n{log.read_text(errors='replace')[-3000:]}")
 
 
 def _run(client: Client, model: Path, report: Report) -> None:

@@ -152,10 +152,11 @@ def check_base(found: references.Resolved, spec: TrainSpec, path: str) -> None:
     config = inspect.read_json(found.folder / "config.json", path)
     purpose = {"lora": "LoRA here", "qlora": "QLoRA (it quantises by itself)", "full": "full fine-tuning"}
     inspect.check_unquantised(config, path, purpose[spec.model.method])
+    shapes = inspect.tensor_shapes(found.folder, path)
     if spec.model.peft_config is not None:
         targets = spec.model.peft_config.module_names()
         if isinstance(targets, list):
-            inspect.check_targets(found.folder, targets, "model.peft_config.target_modules")
+            inspect.check_targets(shapes, targets, "model.peft_config.target_modules")
 
 
 def check_adapter(found: references.Resolved, path: str) -> None:

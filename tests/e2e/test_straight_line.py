@@ -1,0 +1,158 @@
+"""The main job, for real: train, merge, prove, serve with vLLM, chat, stop. Only the model is tiny."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import NotFoundError, OpenAI
+
+from app.client import Client
+from app.processes import processes_of_instance
+from app.settings import Settings
+from app.up import running_service
+from tests.support import wait_for
+from tests.workers.conftest import SYSTEM, conversation, make_tokenizer
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+def servable_model(folder: Path) -> Path:
+    """A random Llama whose heads are as wide as vLLM's CPU kernels want them."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir()
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A data directory of its own and a root for models beside it."""
+    folder = tmp_path_factory.mktemp("line")
+    found = Settings(data_dir=folder / "data", model_roots=(folder,), port=0)
+    if found.engine_python is None:
+        pytest.skip("there is no environment with vLLM: make setup makes it")
+    return found
+
+
+@pytest.fixture(scope="module")
+def client(settings: Settings) -> Iterator[Client]:
+    """A service of real processes."""
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(settings.data_dir.parent),
+        "TUNESMITH_DATA_DIR": str(settings.data_dir),
+        "TUNESMITH_MODEL_ROOTS": str(settings.model_roots[0]),
+        "TUNESMITH_PORT": "0",
+    }
+    settings.data_dir.mkdir()
+    log = settings.data_dir / "up.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-m", "app.cli", "up"], env=environment, stdout=output, stderr=output
+        )
+    try:
+        wait_for(lambda: running_service(settings) or process.poll() is not None, 60)
+        assert process.poll() is None, log.read_text()
+        yield Client.find(settings)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(120)
+    assert not processes_of_instance(settings.instance), "the service left processes behind"
+
+
+def succeeded(client: Client, job: dict[str, Any]) -> dict[str, Any]:
+    """The job once it is final; its log when it failed."""
+    for _ in client.follow(job["id"]):
+        pass
+    final: dict[str, Any] = client.call("GET", f"/jobs/{job['id']}")
+    log = client.call("GET", f"/jobs/{job['id']}/logs")
+    assert final["status"] == "succeeded", f"{final['error']}\n{log}"
+    return final
+
+
+def test_a_posted_job_becomes_a_model_that_an_openai_client_chats_with(
+    client: Client, settings: Settings, tmp_path: Path
+) -> None:
+    base = servable_model(settings.model_roots[0] / "base")
+    imported = succeeded(client, client.submit({"type": "import", "path": str(base), "name": "tiny"}))
+    assert imported["artifact_ids"]
+
+    data = tmp_path / "numbers.jsonl"
+    data.write_text("".join(json.dumps({"messages": conversation(n)}) + "\n" for n in range(100)))
+    file_id = client.upload(data)["id"]
+    spec = {
+        "type": "train",
+        "algorithm": "sft",
+        "experiment_name": "line",
+        "model": {"model_name_or_path": "tiny", "peft_config": {"target_modules": "all-linear", "lora_dropout": 0.0}},
+        "dataset": {"file": file_id},
+        "training": {"max_steps": 30, "learning_rate": 0.01, "save_steps": 20},
+        "then": ["merge", "validate", "deploy"],
+    }
+    train = client.submit(spec)
+    followers = {job["type"]: job for job in client.call("GET", "/jobs")["data"] if job["experiment_name"] == "line"}
+    assert set(followers) == {"train", "merge", "validate", "deploy"}
+    assert {followers[kind]["hold_reason"] for kind in ("merge", "validate", "deploy")} == {"dependency"}
+
+    trained = succeeded(client, train)
+    assert trained["result"]["final_loss"] < trained["result"]["first_loss"]
+    outputs = settings.data_dir / "outputs" / "line"
+    assert (outputs / "checkpoint-20" / "adapter_model.safetensors").is_file()
+    assert not list((outputs / "checkpoint-20").glob("optimizer*"))
+    assert (outputs / "final_model" / "adapter_config.json").is_file()
+    assert (outputs / "config_used.yaml").is_file()
+
+    merged = succeeded(client, followers["merge"])
+    assert merged["result"]["certificate"]["retained"] > 0.99
+    assert (settings.data_dir / "models" / "merged_models" / "line_merged_v1" / "model.safetensors").is_file()
+    assert succeeded(client, followers["validate"])["result"]["report"]["ok"]
+    deployed = succeeded(client, followers["deploy"])["result"]
+
+    openai = OpenAI(base_url=f"{client.url}/v1", api_key=client.key, max_retries=0)
+    assert [model.id for model in openai.models.list()] == ["line"]
+    question: list[Any] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "42"}]
+    asked: dict[str, Any] = {"model": "line", "messages": question, "max_tokens": 16, "temperature": 0}
+    answer = openai.chat.completions.create(**asked).choices[0].message.content
+    pieces = [chunk.choices[0].delta.content or "" for chunk in openai.chat.completions.create(**asked, stream=True)]
+    assert "".join(pieces) == answer
+    assert answer == greedy(settings.data_dir / "models" / "merged_models" / "line_merged_v1", question)
+    with pytest.raises(NotFoundError) as refused:
+        openai.chat.completions.create(**{**asked, "model": "nobody"})
+    assert refused.value.code == "model_not_found"
+
+    client.call("DELETE", f"/deployments/{deployed['deployment_id']}")
+    wait_for(lambda: client.call("GET", f"/deployments/{deployed['deployment_id']}")["status"] == "stopped", 60)
+    wait_for(lambda: not processes_of_instance(settings.instance), 15)
+
+
+def greedy(folder: Path, messages: list[Any]) -> str:
+    """What transformers answers in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
