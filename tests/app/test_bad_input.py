@@ -1,0 +1,445 @@
+"""Bad input: the right status, an error that names the field and says what to do, and nothing half-created."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import func, select
+
+from app.db import Database
+from app.models import Base
+from app.settings import Settings
+from tests.support import make_adapter_folder, on_sqlite, train_spec
+
+
+@pytest.fixture
+def spec(models: Path, file_id: str) -> dict[str, Any]:
+    """A good spec, to be spoilt."""
+    return train_spec(str(models / "tiny"), file_id)
+
+
+def everything(database: Database, settings: Settings) -> tuple[dict[str, int], list[str]]:
+    """Counts of all rows, and the names of all files of the data directory."""
+    with database.read() as session:
+        rows = {
+            table.name: session.scalar(select(func.count()).select_from(table)) or 0
+            for table in Base.metadata.sorted_tables
+        }
+    files = [str(path) for path in settings.data_dir.rglob("*") if path.is_file() and "tunesmith.db" not in path.name]
+    return rows, sorted(files)
+
+
+@pytest.fixture
+def refused(api: TestClient, database: Database, settings: Settings, file_id: str) -> Iterator[Callable[..., Any]]:
+    """``refused(response, status, code, param)`` checks the error object; afterwards nothing may have been made."""
+    before = everything(database, settings)
+
+    def check(response: Any, status: int, code: str, param: str | None = None) -> dict[str, Any]:
+        assert response.status_code == status, response.text
+        error: dict[str, Any] = response.json()["error"]
+        assert set(response.json()) == {"error"}
+        assert error["code"] == code
+        assert error["param"] == param
+        assert error["message"]
+        assert response.headers["x-request-id"].startswith("req_")
+        return error
+
+    yield check
+    assert everything(database, settings) == before
+
+
+def changed(spec: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    copy: dict[str, Any] = json.loads(json.dumps(spec))
+    place = copy
+    *parents, last = path.split(".")
+    for step in parents:
+        place = place.setdefault(step, {})
+    place[last] = value
+    return copy
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("path", "value", "code", "hint"),
+    [
+        ("trainning", {}, "unknown_field", "Did you mean training?"),
+        ("training.learningrate", 1e-4, "unknown_field", "Did you mean learning_rate?"),
+        ("model.peft_config.lora_alfa", 8, "unknown_field", "Did you mean lora_alpha?"),
+        ("model.peft_config.zzzzzzzz", 8, "unknown_field", "Fields here: bias, "),
+        ("training.max_steps", "sixty", "invalid_type", None),
+        ("training.max_steps", True, "invalid_type", None),
+        ("training.max_steps", 2.5, "invalid_type", None),
+        ("training.max_steps", 0, "invalid_value", None),
+        ("training.max_steps", 10**30, "invalid_value", None),
+        ("training.learning_rate", -1, "invalid_value", None),
+        ("training.learning_rate", "2e-4", "invalid_type", None),
+        ("training", [], "invalid_type", None),
+        ("model", None, "invalid_type", None),
+        ("model.use_peft", "yes", "invalid_type", None),
+        ("experiment_name", "../../etc", "invalid_value", None),
+        ("experiment_name", "x" * 64, "invalid_value", None),
+        ("experiment_name", 5, "invalid_type", None),
+        ("priority", 101, "invalid_value", None),
+        ("metadata.team", 5, "invalid_type", None),
+        ("model.peft_config.target_modules", [], "conflicting_fields", "standard"),
+        ("model.peft_config.target_modules", "everything", "conflicting_fields", "all-linear"),
+        ("model.peft_config.r", 0, "invalid_value", None),
+        ("model.quantization_config.load_in_4bit", False, "invalid_value", None),
+        ("training.push_to_hub", True, "refused_field", "push_to_hub"),
+        ("training.hub_token", "secret", "refused_field", "tokens never stand in a spec"),
+        ("training.resume_from_checkpoint", True, "refused_field", "resumes by itself"),
+        ("training.deepspeed", "zero3.json", "refused_field", "the service decides"),
+    ],
+)
+def test_a_bad_field_is_named(
+    api: TestClient,
+    spec: dict[str, Any],
+    refused: Callable[..., Any],
+    path: str,
+    value: Any,
+    code: str,
+    hint: str | None,
+) -> None:
+    error = refused(api.post("/jobs", json=changed(spec, path, value)), 400, code, path)
+    if hint:
+        assert hint in error["hint"]
+    assert "secret" not in json.dumps(error)
+
+
+@on_sqlite
+@pytest.mark.parametrize("field", ["type", "algorithm", "model", "dataset", "model.model_name_or_path", "dataset.file"])
+def test_a_missing_field_is_named(
+    api: TestClient, spec: dict[str, Any], refused: Callable[..., Any], field: str
+) -> None:
+    *parents, last = field.split(".")
+    place = spec
+    for step in parents:
+        place = place[step]
+    del place[last]
+    refused(api.post("/jobs", json=spec), 400, "missing_field", field)
+
+
+def test_an_unknown_algorithm_gets_the_nearest_one(
+    api: TestClient, spec: dict[str, Any], refused: Callable[..., Any]
+) -> None:
+    error = refused(api.post("/jobs", json={**spec, "algorithm": "stf"}), 400, "unknown_algorithm", "algorithm")
+    assert "Did you mean sft?" in error["hint"]
+
+
+@on_sqlite
+@pytest.mark.parametrize("value", ["serve", "tarin", 5, None, ["train"], {"a": 1}])
+def test_an_unknown_type_is_refused(
+    api: TestClient, spec: dict[str, Any], refused: Callable[..., Any], value: Any
+) -> None:
+    """Replicas (type serve) are made by deployments alone."""
+    code = "missing_field" if value is None else "invalid_value"
+    error = refused(api.post("/jobs", json={**spec, "type": value}), 400, code, "type")
+    assert "train" in error["hint"]
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"model.use_peft": False, "model.peft_config": {"r": 8}}, "model.peft_config"),
+        ({"model.use_peft": False, "model.quantization_config": {}}, "model.quantization_config"),
+        ({"model.use_peft": False, "then": ["merge"]}, "then"),
+        ({"then": ["deploy"]}, "then"),
+        ({"then": ["deploy", "merge"]}, "then"),
+        ({"then": ["merge", "merge"]}, "then"),
+        ({"training.eval_strategy": "steps"}, "training.eval_steps"),
+        ({"training.eval_strategy": "no", "training.evaluation_strategy": "no"}, "training.evaluation_strategy"),
+    ],
+)
+def test_fields_that_exclude_each_other(
+    api: TestClient, spec: dict[str, Any], refused: Callable[..., Any], changes: dict[str, Any], param: str
+) -> None:
+    for path, value in changes.items():
+        spec = changed(spec, path, value)
+    error = refused(api.post("/jobs", json=spec), 400, "conflicting_fields", param)
+    assert error["hint"]
+
+
+BAD_REFERENCES = [
+    ("{models}/missing", 404, "model_not_found"),
+    ("{models}/" + "x" * 300, 404, "model_not_found"),
+    ("/etc/hostname", 400, "model_outside_roots"),
+    ("{models}/../other", 400, "model_outside_roots"),
+    ("{models}/escape", 400, "model_outside_roots"),
+    ("./models/tiny", 400, "model_outside_roots"),
+    ("~/model", 400, "model_outside_roots"),
+    ("artifact:art-000000000000000000000000", 404, "model_not_found"),
+    ("job:ftjob-000000000000000000000000", 404, "model_not_found"),
+    ("{data}/artifacts/art-1", 404, "model_not_found"),
+    ("{data}/tunesmith.db", 404, "model_not_found"),
+    ("support:v7", 404, "model_not_found"),
+    ("a/b/c", 400, "invalid_value"),
+    ("hub:../x", 400, "invalid_value"),
+    ("org/name;rm -rf", 400, "invalid_value"),
+    ("{models}/empty", 400, "model_invalid"),
+    ("{models}/torn", 400, "model_invalid"),
+    ("{models}/adapter", 400, "model_invalid"),
+    ("{models}/gptq", 400, "quantised_base"),
+]
+
+
+def test_a_model_that_cannot_be_used(
+    api: TestClient, spec: dict[str, Any], refused: Callable[..., Any], models: Path, settings: Settings
+) -> None:
+    for name in ("empty", "torn", "gptq"):
+        (models / name).mkdir()
+    (models / "torn" / "config.json").write_text('{"model_type": "lla')
+    (models / "gptq" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    (models / "escape").symlink_to("/etc")
+    make_adapter_folder(models / "adapter")
+    for reference, status, code in BAD_REFERENCES:
+        value = reference.format(models=models, data=settings.data_dir)
+        body = changed(spec, "model.model_name_or_path", value)
+        refused(api.post("/jobs", json=body), status, code, "model.model_name_or_path")
+
+
+def test_target_modules_that_the_model_does_not_have(
+    api: TestClient, spec: dict[str, Any], refused: Callable[..., Any]
+) -> None:
+    body = changed(spec, "model.peft_config.target_modules", ["q_proj", "c_attn"])
+    param = "model.peft_config.target_modules"
+    error = refused(api.post("/jobs", json=body), 400, "target_modules_not_found", param)
+    assert "c_attn" in error["message"]
+    assert "q_proj" not in error["message"]
+    assert "k_proj, o_proj, q_proj, v_proj" in error["hint"]
+
+
+@on_sqlite
+def test_a_torn_safetensors_file(
+    api: TestClient, spec: dict[str, Any], refused: Callable[..., Any], models: Path
+) -> None:
+    path = models / "tiny" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:20])
+    error = refused(api.post("/jobs", json=spec), 400, "model_invalid", "model.model_name_or_path")
+    assert "model.safetensors" in error["message"]
+
+
+def test_a_hub_model_that_the_operator_does_not_allow(
+    settings: Settings, key: str, spec: dict[str, Any], refused: Callable[..., Any]
+) -> None:
+    from app.main import create_app  # noqa: PLC0415
+
+    narrow = settings.model_copy(update={"allowed_hub_repos": ("Qwen/*",)})
+    with TestClient(create_app(narrow), headers={"authorization": f"Bearer {key}"}) as api:
+        body = changed(spec, "model.model_name_or_path", "evil/model")
+        refused(api.post("/jobs", json=body), 400, "model_not_allowed", "model.model_name_or_path")
+
+
+def test_a_file_that_does_not_exist(api: TestClient, spec: dict[str, Any], refused: Callable[..., Any]) -> None:
+    body = changed(spec, "dataset.file", "file-000000000000000000000000")
+    error = refused(api.post("/jobs", json=body), 404, "not_found", "dataset.file")
+    assert "POST /files" in error["hint"]
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (b"", "empty_file", ["empty"]),
+        (b"\n\n", "invalid_file", ["line 1", "holds no row"]),
+        (b'{"messages": [\n', "invalid_file", ["line 1"]),
+        (b'{"prompt": "a", "completion": "b"}\nnot json\n{"prompt": "a"}\n', "invalid_file", ["line 2", "line 3"]),
+        (b'{"messages": [{"role": "user", "content": "hi"}]}\n', "invalid_file", ["line 1", "no assistant turn"]),
+        (b'{"messages": []}\n', "invalid_file", ["line 1"]),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "invalid_file", ["line 1"]),
+    ],
+)
+def test_a_file_that_cannot_be_learnt_from(
+    upload: Callable[..., Any], refused: Callable[..., Any], content: bytes, code: str, words: list[str]
+) -> None:
+    error = refused(upload(content), 400, code, "file")
+    assert all(word in error["message"] for word in words), error["message"]
+    assert error["hint"]
+
+
+@on_sqlite
+def test_an_archive_is_no_data_file(upload: Callable[..., Any], refused: Callable[..., Any]) -> None:
+    refused(upload(b"PK", "data.zip"), 400, "invalid_file", "file")
+
+
+@on_sqlite
+def test_a_purpose_that_is_unknown(upload: Callable[..., Any], refused: Callable[..., Any]) -> None:
+    refused(upload(purpose="fun"), 400, "invalid_value", "purpose")
+
+
+@on_sqlite
+def test_an_upload_without_a_file(api: TestClient, refused: Callable[..., Any]) -> None:
+    refused(api.post("/files", data={"purpose": "evals"}), 400, "missing_field", "file")
+    refused(api.post("/files", data={"file": "text"}), 400, "invalid_value", "file")
+
+
+def test_a_body_over_the_cap(
+    api: TestClient, refused: Callable[..., Any], settings: Settings, upload: Callable[..., Any]
+) -> None:
+    big = b" " * (settings.max_body_bytes + 1)
+    error = refused(api.post("/jobs", content=big, headers={"content-type": "application/json"}), 413, "body_too_large")
+    assert "POST /files" in error["hint"]
+    refused(upload(b"x" * (settings.max_upload_bytes + 1)), 413, "body_too_large", "file")
+    refused(upload(b"x" * (settings.max_upload_bytes + (2 << 20))), 413, "body_too_large")
+
+
+@on_sqlite
+@pytest.mark.parametrize("path", ["/jobs", "/deployments", "/files"])
+def test_a_body_over_the_cap_without_a_length(
+    api: TestClient, refused: Callable[..., Any], settings: Settings, path: str
+) -> None:
+    """Chunked: the cap holds while the body comes in."""
+    size = settings.max_upload_bytes + (2 << 20) if path == "/files" else settings.max_body_bytes + 1
+    head = (
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' if path == "/files" else b""
+    )
+    media = "multipart/form-data; boundary=b" if path == "/files" else "application/json"
+
+    def chunks() -> Iterator[bytes]:
+        yield head
+        for _ in range(0, size + 4096, 4096):
+            yield b"1" * 4096
+
+    refused(api.post(path, content=chunks(), headers={"content-type": media}), 413, "body_too_large")
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("header", "code"),
+    [
+        (None, "missing_api_key"),
+        ("Bearer ", "invalid_api_key"),
+        ("Bearer wrong", "invalid_api_key"),
+        ("Bearer ts_000000000000_secret", "invalid_api_key"),
+        ("Basic dXNlcjpwYXNz", "invalid_api_key"),
+    ],
+)
+def test_no_key_or_a_wrong_one(
+    api: TestClient, refused: Callable[..., Any], header: str | None, code: str, key: str
+) -> None:
+    client = TestClient(api.app, headers={"authorization": header} if header else {})
+    for answer in (client.get("/jobs"), client.post("/jobs", json={}), client.post("/files")):
+        error = refused(answer, 401, code)
+        assert error["hint"]
+        assert answer.headers["www-authenticate"] == "Bearer"
+    wrong_secret = TestClient(api.app, headers={"authorization": f"Bearer {key[:-1]}"})
+    refused(wrong_secret.get("/jobs"), 401, "invalid_api_key")
+
+
+@on_sqlite
+def test_two_keys_in_one_request_are_one_too_many(api: TestClient, refused: Callable[..., Any], key: str) -> None:
+    client = TestClient(api.app)
+    headers = [("authorization", f"Bearer {key}"), ("authorization", f"Bearer {key}")]
+    refused(client.get("/jobs", headers=headers), 401, "missing_api_key")
+
+
+LOOK_UPS = [
+    ("GET", "/jobs/{id}", "job_id"),
+    ("GET", "/jobs/{id}/events", "job_id"),
+    ("GET", "/jobs/{id}/logs", "job_id"),
+    ("GET", "/jobs/{id}/metrics", "job_id"),
+    ("GET", "/jobs/{id}/checkpoints", "job_id"),
+    ("GET", "/jobs/{id}/stream", "job_id"),
+    ("POST", "/jobs/{id}/cancel", "job_id"),
+    ("GET", "/files/{id}", "file_id"),
+    ("GET", "/artifacts/{id}", "artifact_id"),
+    ("GET", "/deployments/{id}", "deployment_id"),
+    ("DELETE", "/deployments/{id}", "deployment_id"),
+    ("GET", "/jobs?after={id}", "after"),
+    ("GET", "/files?after={id}", "after"),
+    ("GET", "/artifacts?after={id}", "after"),
+    ("GET", "/deployments?after={id}", "after"),
+]
+
+
+@pytest.mark.parametrize("unknown", ["ftjob-000000000000000000000000", "%F0%9F%99%82", "'%20OR%201=1--"])
+def test_an_unknown_id(api: TestClient, refused: Callable[..., Any], unknown: str) -> None:
+    for method, path, param in LOOK_UPS:
+        refused(api.request(method, path.replace("{id}", unknown)), 404, "not_found", param)
+
+
+@on_sqlite
+def test_an_address_with_a_nul(api: TestClient, refused: Callable[..., Any]) -> None:
+    """Postgres cannot even look for it."""
+    for method, path, _ in LOOK_UPS:
+        refused(api.request(method, path.replace("{id}", "%00")), 400, "invalid_value")
+
+
+def test_cancelling_a_finished_job(api: TestClient, file_id: str) -> None:
+    job = api.post("/jobs", json={"type": "sleepy"}).json()
+    assert api.post(f"/jobs/{job['id']}/cancel").json()["status"] == "cancelled"
+    events = api.get(f"/jobs/{job['id']}/events").json()
+    answer = api.post(f"/jobs/{job['id']}/cancel")
+    assert answer.status_code == 409
+    assert answer.headers["x-should-retry"] == "false"
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("wrong_state", "job_id")
+    assert "cancelled" in error["message"]
+    assert error["hint"]
+    assert api.get(f"/jobs/{job['id']}/events").json() == events
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "invalid_json"),
+        (b"{", "invalid_json"),
+        (b"[]", "invalid_type"),
+        (b"null", "invalid_type"),
+        (b'{"type": "sleepy", "seconds": NaN}', "invalid_json"),
+        (b'{"type": "sleepy", "seconds": -Infinity}', "invalid_json"),
+        (b'{"type": "sleepy", "seconds": 1e999}', "invalid_value"),
+        (b'{"type": "sleepy", "marker": "\\ud800"}', "invalid_value"),
+        (b'{"type": "sleepy", "marker": "a\\u0000b"}', "invalid_value"),
+        (b'{"type": "sleepy", "marker": "\xff"}', "invalid_json"),
+        (b'{"type": "sleepy", "metadata": ' + b"[" * 100_00 + b"]" * 100_00 + b"}", "invalid_json"),
+        (b'{"type": "sleepy", "metadata": ' + b'{"a":' * 70 + b"1" + b"}" * 70 + b"}", "invalid_json"),
+        (b'{"type": "sleepy", "priority": ' + b"9" * 5000 + b"}", "invalid_json"),
+    ],
+)
+def test_json_that_is_none(api: TestClient, refused: Callable[..., Any], body: bytes, code: str) -> None:
+    answer = api.post("/jobs", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    refused(answer, 400, code, answer.json()["error"]["param"])
+
+
+@on_sqlite
+def test_a_key_that_stands_twice(api: TestClient, refused: Callable[..., Any]) -> None:
+    body = b'{"type": "sleepy", "seconds": 1, "seconds": 2}'
+    refused(
+        api.post("/jobs", content=body, headers={"content-type": "application/json"}), 400, "invalid_json", "seconds"
+    )
+
+
+BAD_DEPLOYMENTS: list[tuple[Any, int, str, str | None]] = [
+    ({"name": "a", "model": "artifact:none"}, 404, "model_not_found", "model"),
+    ({"name": "a", "model": "artifact:\x00"}, 400, "invalid_value", "model"),
+    ({"name": "a", "model": "/x\x00y"}, 400, "invalid_value", "model"),
+    ({"name": "a", "model": "/" + "x" * 400}, 400, "model_outside_roots", "model"),
+    ({"name": "a b", "model": "m"}, 400, "invalid_value", "name"),
+    ({"model": "m"}, 400, "missing_field", "name"),
+    ({"name": "a", "model": "m", "argv": ["--trust-remote-code"]}, 400, "unknown_field", "argv"),
+    ({"name": "a", "model": "m", "engine": "sglang"}, 400, "invalid_value", "engine"),
+    ({"name": "a", "model": "m", "max_model_len": "big"}, 400, "invalid_type", "max_model_len"),
+    ([], 400, "invalid_type", None),
+]
+
+
+def test_a_deployment_that_cannot_be(api: TestClient, refused: Callable[..., Any]) -> None:
+    for body, status, code, param in BAD_DEPLOYMENTS:
+        refused(api.post("/deployments", json=body), status, code, param)
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [("limit=0", "limit"), ("limit=1001", "limit"), ("limit=x", "limit"), ("status=done", "status")],
+)
+def test_a_query_that_makes_no_sense(api: TestClient, refused: Callable[..., Any], query: str, param: str) -> None:
+    answer = api.get(f"/jobs?{query}")
+    assert answer.status_code == 400
+    refused(answer, 400, answer.json()["error"]["code"], param)
