@@ -1,0 +1,35 @@
+"""The examples are what a user copies first: each spec is taken as it stands, and its data can be learnt from."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from app.catalog import discover
+from app.files import rows
+from app.jobs.intake import read_spec
+from app.settings import Settings
+from app.specs import TrainSpec
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SPECS = sorted(EXAMPLES.glob("*.yaml"))
+
+
+def test_there_is_an_example_of_each_method() -> None:
+    assert {path.name for path in SPECS} >= {"sft_lora.yaml", "sft_qlora.yaml", "sft_full.yaml", "merge.yaml"}
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_a_spec_is_accepted_without_a_warning(path: Path) -> None:
+    intake = read_spec(path.read_bytes(), "application/yaml", discover(Settings().packages))
+    assert intake.warnings == []
+    if isinstance(intake.spec, TrainSpec):
+        assert path.stem == f"{intake.spec.algorithm}_{intake.spec.model.method}"
+        report = rows.check(EXAMPLES / intake.spec.dataset.file)
+        assert report.ok, report.problems
+
+
+def test_the_chat_example_is_python_that_only_needs_the_openai_client() -> None:
+    tree = ast.parse((EXAMPLES / "chat.py").read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported == {"pathlib", "openai"}
