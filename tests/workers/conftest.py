@@ -1,0 +1,97 @@
+"""A model small enough to be trained in a second, with a tokenizer trained on the spot."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SYSTEM = "Spell the number in words."
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def conversation(number: int) -> list[dict[str, str]]:
+    """Digits in, words out."""
+    return [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": str(number)},
+        {"role": "assistant", "content": " ".join(WORDS[int(digit)] for digit in str(number))},
+    ]
+
+
+def make_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> Any:
+    """A byte-level BPE tokenizer of 400 entries, saved to the folder."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    texts = [turn["content"] for number in range(300) for turn in conversation(number)]
+    core.train_from_iterator(
+        [*texts, "system\nuser\nassistant\n"] * 2,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=512
+    )
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_model(folder: Path, *, architecture: str = "llama", seed: int = 0, dtype: str = "float32") -> Path:
+    """Two layers, 64 wide, 4 heads of which 2 for keys; random weights."""
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[architecture]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    model_class(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    (folder / "LICENSE").write_text("Do what you like.\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products this small only wait for each other on several cores."""
+    monkeypatch.setattr("workers.loading.devices.os.sched_getaffinity", lambda _: {0})
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with tokenizer and chat template; do not write into it."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 conversations that can be learnt."""
+    path = tmp_path_factory.mktemp("data") / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"messages": conversation(number)}) + "\n" for number in range(200)))
+    return path

@@ -1,0 +1,92 @@
+"""A RunContext on a temporary folder: records what a run says, answers from a table."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from app.catalog import ArtifactKind, Catalog
+
+
+class RecordingContext:
+    """``inputs`` maps reference fields to paths; what the run reports lies in the lists."""
+
+    def __init__(
+        self,
+        root: Path,
+        inputs: Mapping[str, Path] | None = None,
+        info: Mapping[str, Mapping[str, Any]] | None = None,
+        catalog: Catalog | None = None,
+    ) -> None:
+        self.job_id = "job-test"
+        self.work_dir = root / "work"
+        self.checkpoint_dir = root / "checkpoints"
+        self.catalog = catalog or Catalog()
+        self.resume_from: Path | None = None
+        self.stop_after: int | None = None
+        self.events: list[dict[str, Any]] = []
+        self.phases: list[str] = []
+        self.steps: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.checkpoints: list[tuple[Path, int]] = []
+        self.resolutions: dict[str, Any] = {}
+        self.outputs: list[tuple[str, Path, dict[str, Any]]] = []
+        self.results: dict[str, Any] = {}
+        self._root = root
+        self._inputs = dict(inputs or {})
+        self._info = dict(info or {})
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        self.checkpoint_dir.mkdir(exist_ok=True)
+
+    def input(self, field: str) -> Path:
+        return self._inputs[field]
+
+    def input_info(self, field: str) -> Mapping[str, Any]:
+        return self._info.get(field, {})
+
+    def phase(self, name: str) -> None:
+        self.phases.append(name)
+
+    def event(self, code: str, message: str, *, level: Literal["info", "warn", "error"] = "info", **data: Any) -> None:
+        self.events.append({"code": code, "message": message, "level": level, **data})
+
+    def progress(self, step: int, total_steps: int, **values: float | None) -> None:
+        self.steps.append({"step": step, "total": total_steps, **values})
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.logged.append((step, dict(values)))
+
+    def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float]) -> None:
+        assert any(path.iterdir()), "announced before it was written"
+        self.checkpoints.append((path, step))
+
+    def resolved(self, path: str, value: Any) -> None:
+        self.resolutions[path] = value
+
+    def stop_requested(self) -> bool:
+        return self.stop_after is not None and len(self.steps) >= self.stop_after
+
+    def output(self, kind: ArtifactKind, name: str | None = None, **facts: Any) -> Path:
+        folder = self._root / f"output-{len(self.outputs)}"
+        folder.mkdir()
+        self.outputs.append((kind, folder, {"name": name, **facts}))
+        return folder
+
+    def result(self, **values: Any) -> None:
+        self.results.update(values)
+
+    # what tests ask
+
+    def codes(self) -> list[str]:
+        """The codes of the events, in order."""
+        return [event["code"] for event in self.events]
+
+    @property
+    def folder(self) -> Path:
+        """The one output."""
+        assert len(self.outputs) == 1
+        return self.outputs[0][1]
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of every step."""
+        return [step["loss"] for step in self.steps]

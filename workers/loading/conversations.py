@@ -1,0 +1,204 @@
+"""Conversations as tokens: the chat template renders, and only the assistant's words are learnt."""
+
+from collections.abc import Iterable, Iterator
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from app.catalog import RunContext
+from app.errors import Code, RunError
+from app.files.rows import Format, Message, RowError, first_format, read
+from workers.loading.companions import has_tokenizer
+
+IGNORED = -100
+
+
+class Encoded(NamedTuple):
+    """One row: token ids, and labels that repeat the learnt ids and are -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+    split: bool = True
+    """False when the template rewrites history, so that only the last answer could be learnt."""
+
+
+def load_tokenizer(directory: Path, *, chat: bool = False) -> Any:
+    """The tokenizer of a model folder, with a pad token. Raises RunError (model_invalid, bad_spec).
+
+    ``chat``: the data are conversations, so a chat template is needed.
+    """
+    from transformers import AutoTokenizer
+
+    if not has_tokenizer(directory):
+        raise RunError(
+            Code.MODEL_INVALID, f"{directory.name} has no tokenizer", hint="copy tokenizer.json beside the weights"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(Code.MODEL_INVALID, f"the tokenizer of {directory.name} cannot be loaded: {error}") from error
+    if tokenizer.eos_token is None:
+        raise RunError(Code.MODEL_INVALID, f"the tokenizer of {directory.name} has no end-of-text token")
+    if tokenizer.pad_token is None:
+        # In memory only: padding is masked, so its id is never learnt, and the stored tokenizer stays the base's.
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat and not tokenizer.chat_template:
+        raise RunError(
+            Code.BAD_SPEC,
+            f"{directory.name} has no chat template, and the data are conversations",
+            hint="use an instruct model, add a chat_template.jinja to the model, or give prompt/completion rows",
+            param="model.model_name_or_path",
+        )
+    return tokenizer
+
+
+def stop_tokens(tokenizer: Any, generation_config: Any = None) -> set[int]:
+    """Ids that end an answer: the tokenizer's, and those that generation stops at."""
+    more = getattr(generation_config, "eos_token_id", None)
+    return {tokenizer.eos_token_id, *([more] if isinstance(more, int) else more or [])}
+
+
+def encode(messages: list[Message], tokenizer: Any, stops: set[int]) -> Encoded:
+    """Tokenises turn by turn, the way that a server will see the conversation grow.
+
+    Learnt are the assistant's turns up to and including their end token, unless their weight is 0. Text between the
+    turns comes from the template. Works for templates without generation markers.
+    """
+    if not tokenizer.chat_template:
+        return _encode_plain(messages, tokenizer)
+    row = Encoded([], [])
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, whole = _render(messages, index, tokenizer)
+        if not (prompt.startswith(done) and whole.startswith(prompt)):
+            return _encode_last(messages, tokenizer, stops)
+        _append(row, prompt[len(done) :], tokenizer, learn=False)
+        _append(row, whole[len(prompt) :], tokenizer, learn=message.get("weight") != 0, stops=stops)
+        done = whole
+    _end(row, tokenizer, stops)
+    return row
+
+
+def _encode_plain(messages: list[Message], tokenizer: Any) -> Encoded:
+    """Prompt and completion joined as they are, for a base model without a template."""
+    prompt = tokenizer(messages[0]["content"]).input_ids
+    answer = tokenizer(messages[1]["content"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    while prompt and prompt[-1] == tokenizer.eos_token_id:
+        prompt.pop()
+    return Encoded(prompt + answer, [IGNORED] * len(prompt) + answer)
+
+
+def _encode_last(messages: list[Message], tokenizer: Any, stops: set[int]) -> Encoded:
+    """For templates that change earlier turns, e.g. drop their reasoning: what came before is context only."""
+    last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight") != 0)
+    prompt, whole = _render(messages, last, tokenizer)
+    cut = len(commonprefix([prompt, whole]))
+    row = Encoded([], [], split=False)
+    _append(row, whole[:cut], tokenizer, learn=False)
+    _append(row, whole[cut:], tokenizer, learn=True, stops=stops)
+    _end(row, tokenizer, stops)
+    return row
+
+
+def _render(messages: list[Message], index: int, tokenizer: Any) -> tuple[str, str]:
+    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages[: index + 1]]
+    before = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True) if index else ""
+    return before, tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+def _append(row: Encoded, text: str, tokenizer: Any, *, learn: bool, stops: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    # What the template writes behind the end token is never generated, so it is not learnt.
+    ends = [position for position, token in enumerate(ids) if token in stops]
+    learnt = (ends[-1] + 1 if ends else len(ids)) if learn else 0
+    row.input_ids.extend(ids)
+    row.labels.extend(ids[:learnt] + [IGNORED] * (len(ids) - learnt))
+
+
+def _end(row: Encoded, tokenizer: Any, stops: set[int]) -> None:
+    """Where the template closes no turn, the answer itself must end the text."""
+    if row.labels and row.labels[-1] != IGNORED and row.labels[-1] not in stops:
+        row.input_ids.append(tokenizer.eos_token_id)
+        row.labels.append(tokenizer.eos_token_id)
+
+
+def load_dataset(
+    path: Path,
+    format: Format | Literal["auto"],
+    tokenizer: Any,
+    *,
+    stops: set[int],
+    max_length: int,
+    ctx: RunContext,
+    field: str = "dataset.file",
+) -> Any:
+    """A ``datasets.Dataset`` of ``input_ids`` and ``labels``; long rows are cut and counted in an event.
+
+    Raises RunError bad_data for a row that cannot be read or rendered, and when nothing is left to learn.
+    """
+    from datasets import Dataset
+
+    shape = first_format(path) if format == "auto" else format
+    if not tokenizer.chat_template and shape != "prompt_completion":
+        raise RunError(
+            Code.BAD_SPEC,
+            "the model has no chat template, and the data are conversations",
+            hint="use an instruct model, or give prompt/completion rows",
+            param=field,
+        )
+    rows: list[Encoded] = []
+    truncated = dropped = rewritten = 0
+    for row in _encoded(read(path, format), tokenizer, stops, field):
+        rewritten += not row.split
+        truncated += len(row.input_ids) > max_length
+        kept = Encoded(row.input_ids[:max_length], row.labels[:max_length])
+        if any(label != IGNORED for label in kept.labels[1:]):
+            rows.append(kept)
+        else:
+            dropped += 1
+    if not rows:
+        raise RunError(
+            Code.BAD_DATA,
+            f"nothing is left to learn: all {dropped} answers lie behind the first {max_length} tokens",
+            hint="raise training.max_length or shorten the prompts",
+            param=field,
+        )
+    if truncated:
+        message = (
+            f"{truncated} rows were cut at {max_length} tokens; {dropped} of them kept no answer and were left out"
+        )
+        ctx.event("rows_truncated", message, level="warn", truncated=truncated, dropped=dropped, max_length=max_length)
+    if rewritten:
+        ctx.event(
+            "template_rewrites_history",
+            f"the chat template changes earlier turns; in {rewritten} rows only the last answer is learnt",
+            level="warn",
+            rows=rewritten,
+        )
+    tokens = sum(len(row.input_ids) for row in rows)
+    learnt = sum(label != IGNORED for row in rows for label in row.labels)
+    ctx.event(
+        "dataset_loaded",
+        f"{field}: {len(rows)} rows, {tokens:,} tokens, {learnt:,} of them learnt",
+        rows=len(rows),
+        tokens=tokens,
+        learnt_tokens=learnt,
+        longest=max(len(row.input_ids) for row in rows),
+    )
+    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
+
+
+def _encoded(conversations: Iterable[list[Message]], tokenizer: Any, stops: set[int], field: str) -> Iterator[Encoded]:
+    number = 0
+    try:
+        for number, messages in enumerate(conversations, 1):  # noqa: B007 - read in the handler
+            yield encode(messages, tokenizer, stops)
+    except RowError as error:
+        raise RunError(Code.BAD_DATA, str(error), param=field) from error
+    except Exception as error:
+        # Templates raise whatever jinja2 raises, and raise_exception() for orders of roles that they refuse.
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        raise RunError(Code.BAD_DATA, f"row {number}: the chat template refuses it: {error}", param=field) from error

@@ -1,0 +1,220 @@
+"""Import: a local model or adapter folder, or a GGUF file, becomes an artifact that every job can name."""
+
+import json
+import os
+import shutil
+import stat
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from app.catalog import Operation, RunContext
+from app.errors import Code, RunError
+from app.specs import JobSpec, ModelRef, Name
+from workers.loading import load_base, load_tokenizer, read_adapter, set_threads, tensor_headers
+from workers.loading.devices import Compute
+
+ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+# Left behind: whose folder it was, and what a foreign trainer remembered.
+SKIPPED = ("trainer_state.json", "training_args*", "optimizer*", "scheduler*", "rng_state*", "*.index.json.lock")
+MAX_CONFIG_BYTES = 16 * 1024 * 1024
+PROBE = "What is the capital of France?"
+PROBE_ANSWER = "The capital of France is Paris."
+
+
+class ImportSpec(JobSpec):
+    """Copy a Hugging Face folder, or convert a GGUF file, into the registry."""
+
+    type: Literal["import"] = "import"
+    path: ModelRef
+    name: Name
+    kind: Literal["model", "adapter"] = Field("model", description="What the folder holds.")
+
+
+def run(spec: ImportSpec, ctx: RunContext) -> None:
+    """Check, then copy or convert; nothing in the source is executed or unpickled."""
+    ctx.phase("staging")
+    source = ctx.input("path")
+    gguf = _gguf(source)
+    folder = ctx.output(spec.kind, spec.name, imported=True)
+    if gguf:
+        if spec.kind == "adapter":
+            raise RunError(Code.BAD_SPEC, "a GGUF file holds a model; use kind: model", param="kind")
+        _convert(gguf, folder, ctx)
+    else:
+        _refuse_pickles(source)
+        _copy(source, folder, ctx)
+        _check(folder, spec.kind)
+    files = sorted(path.name for path in folder.iterdir())
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    ctx.result(name=spec.name, kind=spec.kind, files=files, bytes=total, converted_from="gguf" if gguf else None)
+
+
+def _gguf(source: Path) -> Path | None:
+    if source.is_file():
+        if source.suffix.lower() != ".gguf":
+            raise RunError(Code.MODEL_INVALID, f"{source.name} is neither a folder nor a .gguf file", param="path")
+        return source
+    found = sorted(source.glob("*.gguf"))
+    if not found or list(source.glob("*.safetensors")):
+        return None
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:5])
+        raise RunError(Code.MODEL_INVALID, f"several GGUF files: {names}", hint="name one of them", param="path")
+    return found[0]
+
+
+# --- copying a folder -------------------------------------------------------------------------------------------------
+
+
+def _refuse_pickles(source: Path) -> None:
+    if list(source.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for glob in PICKLES for path in source.glob(glob))
+    if pickles:
+        raise RunError(
+            Code.MODEL_INVALID,
+            f"{source.name} holds its weights only as pickles: {', '.join(pickles[:5])}",
+            hint="opening a pickle can run any code; save the model with save_pretrained, which writes safetensors",
+            param="path",
+        )
+    raise RunError(
+        Code.MODEL_INVALID,
+        f"{source.name} holds no weights",
+        hint="name the folder that holds config.json and *.safetensors",
+        param="path",
+    )
+
+
+def _copy(source: Path, folder: Path, ctx: RunContext) -> None:
+    ctx.phase("saving")
+    skipped = []
+    for path in sorted(source.iterdir()):
+        name = path.name
+        wanted = any(fnmatch(name, glob) for glob in ALLOWED) and not any(fnmatch(name, glob) for glob in SKIPPED)
+        if not wanted or (path.is_dir() and not path.is_symlink()):
+            skipped.append(name)
+            continue
+        _refuse_escape(path, source)
+        _copy_file(path, folder / name)
+    if skipped:
+        ctx.event("file_skipped", f"not copied: {', '.join(skipped[:20])}", files=skipped[:100])
+    config = folder / "config.json"
+    if config.exists():
+        _clean_config(config)
+
+
+def _refuse_escape(path: Path, source: Path) -> None:
+    """A link may not lead out of the folder, except from a hub snapshot to the blobs of the same repository."""
+    target = path.resolve()
+    home = source.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if target.parent != home and target.parent != blobs:
+        raise RunError(
+            Code.MODEL_INVALID,
+            f"{path.name} is a link that leads out of the folder",
+            hint="copy the file itself into the folder",
+            param="path",
+        )
+
+
+def _copy_file(path: Path, target: Path) -> None:
+    # O_NONBLOCK: opening a FIFO must not wait for a writer. The type is asked of what was opened, not of the name.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as reading:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise RunError(Code.MODEL_INVALID, f"{path.name} is no regular file", param="path")
+        with target.open("xb") as writing:
+            shutil.copyfileobj(reading, writing, 1 << 20)
+
+
+def _clean_config(path: Path) -> None:
+    """Takes out what points to foreign code or to where the model came from."""
+    from transformers import CONFIG_MAPPING
+
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise RunError(Code.MODEL_INVALID, "config.json is too large", param="path")
+    try:
+        config = json.loads(path.read_text())
+        model_type = config["model_type"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(Code.MODEL_INVALID, f"config.json cannot be read: {error!r}", param="path") from error
+    if model_type not in CONFIG_MAPPING:
+        raise RunError(
+            Code.MODEL_INVALID,
+            f"model type {model_type!r} is not known to the installed transformers",
+            hint="models that bring their own code are not run" if "auto_map" in config else None,
+            param="path",
+        )
+    kept = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path")}
+    kept = {key: value for key, value in kept.items() if not key.endswith("_implementation_internal")}
+    if kept != config:
+        path.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def _check(folder: Path, kind: str) -> None:
+    if kind == "adapter":
+        read_adapter(folder)
+        return
+    if not (folder / "config.json").is_file():
+        hint = "use kind: adapter" if (folder / "adapter_config.json").exists() else None
+        raise RunError(Code.MODEL_INVALID, "config.json is missing", hint=hint, param="path")
+    tensor_headers(folder)
+
+
+# --- converting GGUF --------------------------------------------------------------------------------------------------
+
+
+def _convert(source: Path, folder: Path, ctx: RunContext) -> None:
+    """Reads and dequantises with transformers' loader, then saves a plain checkpoint.
+
+    bfloat16 halves the folder; it is taken if the model still answers a plain question, else float32 is.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    set_threads()
+    ctx.phase("loading")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+        read = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise RunError(Code.MODEL_INVALID, f"{source.name} cannot be read: {error}", param="path") from error
+    state = read.state_dict()
+    config = read.config
+    for key in ("quantization_config", "_model_name_or_path"):
+        if hasattr(config, key):
+            delattr(config, key)
+    del read
+    # A fresh model from the cleaned config: the one that was read still believes that it is quantised.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(state)
+    model.tie_weights()
+    ctx.phase("saving")
+    tokenizer.save_pretrained(folder)
+    for dtype in ("bfloat16", "float32"):
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        if dtype == "float32" or _answers(folder):
+            break
+        model.load_state_dict(state)
+    ctx.event("converted", f"{source.name} was dequantised and saved in {dtype}", dtype=dtype)
+
+
+def _answers(folder: Path) -> bool:
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        return True
+    model: Any = load_base(folder, Compute("cpu", "float32")).eval()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROBE}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    return PROBE_ANSWER in tokenizer.decode(answer, skip_special_tokens=True)
+
+
+operation = Operation(ImportSpec, run)
