@@ -12,10 +12,12 @@ import http.client
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -33,7 +35,7 @@ EXIT_FAILED = 1
 EXIT_START_TIMEOUT = 3
 
 # What an engine may see of our environment; the rest comes from attempt.json.
-PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 LOG_TAIL = 4096
 LONGEST_SOCKET = 107
 _TICK = 0.1
@@ -102,20 +104,25 @@ class Replica:
         self._token = token
         self._journal = Journal(directory / "events.jsonl")
         self._signs: queue.SimpleQueue[Sign] = queue.SimpleQueue()
+        # Engines leave sockets and lock files in their temporary folder, even when they end in order. The name is
+        # short, because a socket's path is.
+        self._scratch = tempfile.mkdtemp(prefix="ts-")
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = threading.Event()
+        self._cutting = threading.Event()
         self._misses = 0
 
     def run(self, life_fd: int | None) -> int:
         """Everything; returns the exit status."""
         signal.signal(signal.SIGTERM, self._on_sigterm)
         signal.signal(signal.SIGHUP, self._on_sighup)
-        # Not SIGKILL: somebody has to end the engine. SIGHUP does what the life pipe's end does.
+        # Not SIGKILL, because somebody has to end the engine: SIGHUP does what the life pipe's end does.
         processes.harden(signal.SIGHUP)
         processes.become_subreaper()
         self._journal.write("status", status="starting")
         started = time.monotonic()
-        # The engine before the first thread: only a single-threaded process may run code between fork and exec.
+        # Both before the first thread: only a single-threaded process may fork and run code of its own.
+        _post_guard(self._token, self._scratch)
         reason = self._start()
         if reason:
             return self._fail(reason, EXIT_FAILED)
@@ -124,9 +131,12 @@ class Replica:
         threading.Thread(target=self._probe, args=(started,), name="probe", daemon=True).start()
         while True:
             sign = self._next_sign()
+            exited = self._engine_exited()
+            if self._cutting.is_set():
+                continue  # an end that we see now is our own doing
             if sign == "stop":
                 return self._stop()
-            if self._engine_exited():
+            if exited:
                 return self._fail("engine_exited", EXIT_FAILED)
             if sign is not None:
                 self._note(sign, time.monotonic() - started)
@@ -163,7 +173,8 @@ class Replica:
     def _environment(self) -> dict[str, str]:
         passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         # setproctitle, which engines use, would else write over the environment that holds the token.
-        return {**passed, **self._attempt.env, processes.TOKEN: self._token, "SPT_NOENV": "1"}
+        ours = {"TMPDIR": self._scratch, processes.TOKEN: self._token, "SPT_NOENV": "1"}
+        return {**passed, **self._attempt.env, **ours}
 
     def _probe(self, started: float) -> None:
         """In a thread of its own, so that a hanging engine does not delay SIGTERM."""
@@ -207,7 +218,8 @@ class Replica:
                 return False
             if ended.si_pid == self._process.pid:
                 return True
-            os.waitpid(ended.si_pid, 0)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(ended.si_pid, 0)
 
     def _stop(self) -> int:
         self._end(self._attempt.grace_seconds)
@@ -225,19 +237,23 @@ class Replica:
             processes.kill_ladder(self._process, self._token, grace)
             while not _kill_children():
                 time.sleep(0.02)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        shutil.rmtree(self._scratch, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.unlink(self._attempt.socket)
 
     def _cut(self) -> None:
         """The supervisor is gone: kill everything now, and be gone within two seconds."""
+        self._cutting.set()
         deadline = time.monotonic() + 1.5
         while time.monotonic() < deadline:
             clean = self._process is None or processes.kill_now(self._process, self._token)
             if _kill_children() and clean:
                 break
             time.sleep(0.02)
-        with contextlib.suppress(OSError):
-            os.unlink(self._attempt.socket)
+        self._tidy()
         os._exit(EXIT_LIFELINE_CUT)
 
     def _log_tail(self) -> str:
@@ -251,6 +267,30 @@ class Replica:
 
     def _on_sighup(self, number: int, frame: FrameType | None) -> None:
         self._cut()
+
+
+def _post_guard(token: str, scratch: str) -> None:
+    """Forks the last net: a twin that does nothing but wait for our end, and then kills what we left alive.
+
+    For SIGKILL of the replica itself: the engine's first process then gets its parent-death signal, but vLLM's
+    EngineCore, a child of that one, lives on, and nobody would be left who knows of it.
+    """
+    read, write = os.pipe()
+    if os.fork():
+        # The writing end stays open, and only here, until we end.
+        os.close(read)
+        return
+    try:
+        os.close(write)
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.read(read, 1)
+        while processes.kill_holders(token):
+            time.sleep(0.05)
+        shutil.rmtree(scratch, ignore_errors=True)
+    finally:
+        os._exit(0)
 
 
 def _kill_children() -> bool:

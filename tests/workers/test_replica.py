@@ -229,8 +229,9 @@ def test_an_engine_that_dies_later(attempt: Attempt) -> None:
 
 
 def _engines(attempt: Attempt) -> list[int]:
-    assert attempt.replica
-    return [pid for pid in processes.processes_with_token(attempt.token) if pid != attempt.replica.pid]
+    """The attempt's processes but the replica and its guard."""
+    found = processes.processes_with_token(attempt.token)
+    return [pid for pid in found if b"workers.replica" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.parametrize("ending", ["sigterm", "engine dies", "lifeline"])
@@ -284,17 +285,43 @@ def test_kill_9_of_the_parent_leaves_no_orphan(attempt: Attempt, net: str) -> No
     attempt.prepare("leaks")
     with subprocess.Popen([sys.executable, "-c", PARENT, str(attempt.directory), attempt.token, net]) as parent:
         attempt.reach("ready")
-        assert len(processes.processes_with_token(attempt.token)) == 3
+        assert len(_engines(attempt)) == 2
         parent.kill()
     assert_nothing_left(attempt, 2)
 
 
-def test_kill_9_of_the_replica_takes_the_engine_with_it(attempt: Attempt) -> None:
-    attempt.prepare("ok").start().reach("ready")
+def test_kill_9_of_the_replica_leaves_no_orphan(attempt: Attempt) -> None:
+    """Not even a child of the engine, which no parent-death signal reaches."""
+    attempt.prepare("leaks").start().reach("ready")
     assert attempt.replica
     attempt.replica.kill()
     assert attempt.exit_status() == -signal.SIGKILL
     assert_nothing_left(attempt)
+
+
+@pytest.mark.parametrize("ending", ["stop", "lifeline", "kill"])
+def test_nothing_of_the_engine_stays_in_the_temporary_folder(
+    attempt: Attempt, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp = attempt.directory / "tmp"
+    tmp.mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp))
+    code = (
+        "import tempfile, os, sys; tempfile.mkstemp();"
+        f"os.execv(sys.executable, [sys.executable, {str(FAKE_ENGINE)!r}, {str(attempt.socket)!r}, 'ok'])"
+    )
+    attempt.prepare("", argv=[sys.executable, "-c", code]).start().reach("ready")
+    assert len(list(tmp.glob("ts-*/*"))) == 1
+    assert attempt.replica
+    if ending == "stop":
+        attempt.replica.terminate()
+    elif ending == "kill":
+        attempt.replica.kill()
+    else:
+        os.close(attempt.lifeline)
+        attempt.lifeline = -1
+    attempt.exit_status()
+    wait_for(lambda: list(tmp.iterdir()) == [])
 
 
 def test_the_ladder_of_the_supervisor_ends_all_of_it(attempt: Attempt) -> None:
@@ -315,7 +342,8 @@ def test_orphans_of_a_living_engine_are_reaped(attempt: Attempt) -> None:
     attempt.prepare("", argv=[sys.executable, "-c", code]).start().reach("ready")
     assert attempt.replica
     replica = attempt.replica.pid
-    wait_for(lambda: len(Path(f"/proc/{replica}/task/{replica}/children").read_text().split()) == 1)
+    # The engine and the guard.
+    wait_for(lambda: len(Path(f"/proc/{replica}/task/{replica}/children").read_text().split()) == 2)
 
 
 DOUBLE_FORK = "import os\nif os.fork() == 0:\n  if os.fork() == 0: os._exit(0)\n  os._exit(0)\n"
@@ -331,7 +359,7 @@ def test_the_engine_sees_a_small_environment(attempt: Attempt, monkeypatch: pyte
     assert seen.pop(processes.TOKEN) == attempt.token
     assert seen.pop("SPT_NOENV") == "1"
     # LC_CTYPE is set by the interpreter itself when the locale is C.
-    assert set(seen) <= {*PASSED_ON, "LC_CTYPE"}
+    assert set(seen) <= {*PASSED_ON, "TMPDIR", "LC_CTYPE"}
 
 
 def test_what_is_written_is_private(attempt: Attempt) -> None:

@@ -1,0 +1,174 @@
+"""The real vLLM under a replica: it computes what transformers computes, and nothing of it survives its end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.catalog import EngineLaunch
+from app.settings import Settings
+from app.specs import DeploymentOptions
+from workers import processes
+from workers.engines.vllm import engine
+from workers.journal import Tail
+from workers.replica import UnixConnection
+
+PYTHON = Settings().engine_python
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(PYTHON is None, reason="needs vLLM: make setup, or TUNESMITH_SERVE_PYTHON"),
+    pytest.mark.timeout(600),
+]
+PROMPTS = ["The quick brown fox", "1 2 3", "zebra"]
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers over bytes; heads of 32, the smallest that vLLM's CPU attention takes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(BPE(vocab={token: number for number, token in enumerate(["<end>", *alphabet])}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+class Served:
+    """A replica with the real engine in it."""
+
+    def __init__(self, model: Path, directory: Path, run_dir: Path) -> None:
+        assert PYTHON is not None
+        self.directory = directory
+        self.token = uuid.uuid4().hex
+        self.socket = run_dir / "s.sock"
+        launch = EngineLaunch(PYTHON, model, "tiny", self.socket, DeploymentOptions(), has_gpu=False, dtype="float32")
+        attempt = {
+            "argv": engine.argv(launch),
+            "env": engine.env(launch),
+            "socket": str(self.socket),
+            "served_name": "tiny",
+            "start_timeout": 300,
+        }
+        (directory / "attempt.json").write_text(json.dumps(attempt))
+        read, self.lifeline = os.pipe()
+        self.replica = subprocess.Popen(
+            [sys.executable, "-I", "-m", "workers.replica", str(directory)],
+            env={**os.environ, processes.TOKEN: self.token, processes.LIFE_FD: str(read)},
+            pass_fds=[read],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        os.close(read)
+        self._tail = Tail(directory / "events.jsonl")
+        self._last: dict[str, Any] = {}
+        wait_for(lambda: self.status() in ("ready", "failed"), 330)
+        assert self.status() == "ready", (directory / "log.txt").read_text()[-4000:]
+
+    def status(self) -> str:
+        """The newest status."""
+        for line in self._tail.read():
+            self._last = line
+        return str(self._last.get("status"))
+
+    def post(self, path: str, **body: Any) -> Any:
+        """A request to the engine itself."""
+        connection = UnixConnection(str(self.socket), 60)
+        connection.request("POST", path, json.dumps({"model": "tiny", **body}), {"content-type": "application/json"})
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+        return answer
+
+    def pid(self, what: str) -> int:
+        """The process whose command line holds ``what``."""
+        pids = processes.processes_with_token(self.token)
+        return next(pid for pid in pids if what in Path(f"/proc/{pid}/cmdline").read_text())
+
+    def assert_gone(self) -> None:
+        """Within 15 s, no process of this engine."""
+        wait_for(lambda: not processes.processes_with_token(self.token), 15)
+
+    def close(self) -> None:
+        """The supervisor's last resort."""
+        os.close(self.lifeline)
+        processes.kill_ladder(self.replica, self.token, 0)
+
+
+@pytest.fixture
+def served(model: Path, tmp_path: Path) -> Iterator[Served]:
+    with tempfile.TemporaryDirectory(prefix="ts-") as run_dir:
+        served = Served(model, tmp_path, Path(run_dir))
+        yield served
+        served.close()
+
+
+def test_it_computes_what_transformers_computes_and_stops(served: Served, model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for prompt in PROMPTS:
+        tokens = tokenizer(prompt, return_tensors="pt")
+        expected = reference.generate(**tokens, max_new_tokens=16, do_sample=False)[0, tokens["input_ids"].shape[1] :]
+        greedy = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
+        answer = served.post("/v1/completions", prompt=prompt, return_token_ids=True, **greedy)
+        assert answer["choices"][0]["token_ids"] == expected.tolist()
+        chat = served.post("/v1/chat/completions", messages=[{"role": "user", "content": prompt}], **greedy)
+        assert chat["usage"]["completion_tokens"] == 16
+    served.replica.terminate()
+    assert served.replica.wait(40) == 0
+    served.assert_gone()
+    assert served.status() == "stopped"
+
+
+def test_kill_9_of_the_replica_takes_all_of_vllm_with_it(served: Served) -> None:
+    assert served.pid("VLLM::EngineCore")
+    served.replica.kill()
+    served.assert_gone()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", ["vllm.entrypoints.openai.api_server", "VLLM::EngineCore"])
+def test_kill_9_of_an_engine_process_ends_the_others(served: Served, victim: str) -> None:
+    os.kill(served.pid(victim), signal.SIGKILL)
+    assert served.replica.wait(15) == 1
+    served.assert_gone()
+    assert served.status() == "failed"
