@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import AppError, BadRequest, Code, Conflict, TooLarge, Unavailable
+from app.errors import AppError, BadRequest, Code, Conflict, TooLarge, Unavailable, UnsupportedMediaType
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ _UPLOADS = ("/files", "/v1/files")
 _MULTIPART_SLACK = 1 << 20
 _MAX_HEADER_BYTES = 32 << 10
 _NO_RETRY = (409, 507)
+_METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::[0-9]{1,5})?")
 
 
@@ -135,10 +136,16 @@ async def _app_error(_: Request, error: Exception) -> JSONResponse:
     return answer(error)
 
 
-async def _validation(_: Request, error: Exception) -> JSONResponse:
+async def _validation(request: Request, error: Exception) -> JSONResponse:
     """Body, query and path problems that FastAPI found: 400, the field's path, no echo of the input."""
     assert isinstance(error, RequestValidationError)
     first: Mapping[str, Any] = error.errors()[0]
+    media = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    wanted = "multipart/form-data" if request.url.path.rstrip("/") in _UPLOADS else "application/json"
+    # FastAPI hands an unread body on as it is, and then misses fields in it.
+    if first["loc"][0] == "body" and media != wanted and (media or first["type"] != "missing"):
+        named = media[:64] or "a body without a Content-Type"
+        return answer(UnsupportedMediaType(f"{named} is not read here", param="Content-Type", hint=f"Send {wanted}."))
     steps = [str(step) for step in first["loc"] if step not in ("body", "query", "path", "header")]
     param = ".".join(steps) or None
     kind = str(first["type"])
@@ -176,8 +183,11 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 def _allowed(request: Request) -> str:
     """Methods of every route at this path; Starlette itself tells only the first route's."""
-    matches = [(route, route.matches(request.scope)[0]) for route in request.app.router.routes]
-    return ", ".join(sorted({method for route, match in matches if match != Match.NONE for method in route.methods}))
+    return ", ".join(
+        method
+        for method in _METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    )
 
 
 def _with_headers(response: JSONResponse, headers: Mapping[str, str]) -> JSONResponse:

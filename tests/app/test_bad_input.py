@@ -272,8 +272,9 @@ def test_a_purpose_that_is_unknown(upload: Callable[..., Any], refused: Callable
 
 @on_sqlite
 def test_an_upload_without_a_file(api: TestClient, refused: Callable[..., Any]) -> None:
-    refused(api.post("/files", data={"purpose": "evals"}), 400, "missing_field", "file")
-    refused(api.post("/files", data={"file": "text"}), 400, "invalid_value", "file")
+    refused(api.post("/files", files={"other": ("a.jsonl", b"{}")}), 400, "missing_field", "file")
+    refused(api.post("/files", files={"file": (None, b"text")}), 400, "invalid_value", "file")
+    refused(api.post("/files"), 400, "missing_field", "file")
 
 
 def test_a_body_over_the_cap(
