@@ -76,13 +76,19 @@ class Environment:
         usable = os.access(self.python, os.X_OK) and not self.half_made.exists()
         return usable and stamp.exists() and stamp.read_text() == key
 
-    def run(self, *arguments: str) -> None:
-        """Runs the environment's Python; shows large downloads, and the log's end if it fails."""
+    def run(self, *arguments: str, python: str = "") -> None:
+        """Runs the environment's Python (or the one named); shows large downloads, and the log's end if it fails."""
         log = []
         environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        command = [str(self.python), *arguments]
+        command = [python or str(self.python), *arguments]
         with subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            close_fds=False,
         ) as process:
             for line in process.stdout:
                 log.append(line)
@@ -126,7 +132,7 @@ class Environment:
         self.half_made.touch()
         if is_new:
             say(f"{self.folder.name}: Python {sys.version.split()[0]} of {sys.base_prefix}")
-            subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
+            self.run("-m", "venv", str(self.folder), python=sys.executable)
         made.write_text(self.origin)
 
     def install_project(self) -> None:
@@ -156,6 +162,8 @@ def main() -> None:
     serve = Environment(".venv-serve", [f"serve-{kind}.txt"], ENGINE)
     with_serve = os.environ.get("SERVE", "1") != "0"
     with (ROOT / ".setup.lock").open("w") as lock:
+        # Children hold the lock too: a pip that outlives a killed set-up is waited for.
+        os.set_inheritable(lock.fileno(), True)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
