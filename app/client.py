@@ -51,6 +51,14 @@ class Client:
                 raise ServiceError(f"there is no API key at {path}", "Set TUNESMITH_API_KEY.") from error
         return cls(url, key)
 
+    def __enter__(self) -> "Client":
+        """For ``with``."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes its connections."""
+        self._http.close()
+
     def call(self, method: str, path: str, **arguments: Any) -> Any:
         """The answer's JSON (or text). Raises ServiceError."""
         try:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def _service(model: Path, report: Report) -> Iterator[Client]:
     """The service that runs already, or one that lives as long as the block."""
     settings = Settings()
     if running_service(settings) is not None or settings.url:
-        yield Client.find(settings)
+        with Client.find(settings) as client:
+            yield client
         return
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     roots = os.pathsep.join([*map(str, settings.model_roots), str(model.parent)])
@@ -113,7 +115,8 @@ def _service(model: Path, report: Report) -> Iterator[Client]:
     try:
         with report.phase("service up"):
             client = _wait_for(settings, process, log_path)
-        yield client
+        with client:
+            yield client
     finally:
         out.print("» stopping what was started", style="bold")
         process.send_signal(signal.SIGTERM)
@@ -241,14 +244,12 @@ def _ask(client: Client, model: str, numbers: list[int]) -> list[str]:
     """The same questions, through the openai client."""
     from openai import OpenAI
 
-    openai = OpenAI(base_url=f"{client.url}/v1", api_key=client.key)
-
-    def one(number: int) -> str:
+    def one(openai: OpenAI, number: int) -> str:
         answer = openai.chat.completions.create(model=model, messages=_messages(number), max_tokens=32, temperature=0)
         return (answer.choices[0].message.content or "").strip()
 
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(one, numbers))
+    with OpenAI(base_url=f"{client.url}/v1", api_key=client.key) as openai, ThreadPoolExecutor(8) as pool:
+        return list(pool.map(one, repeat(openai), numbers))
 
 
 def _stop(client: Client, deployment_id: str) -> None:

@@ -31,7 +31,8 @@ def fail(message: str, hint: str | None = None) -> NoReturn:
 def service() -> Iterator[Client]:
     """A client; its errors become messages."""
     try:
-        yield Client.find(Settings())
+        with Client.find(Settings()) as client:
+            yield client
     except ServiceError as error:
         fail(error.message, error.hint)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import NotFoundError, OpenAI
 
 from app.client import Client
 from app.processes import processes_of_instance
@@ -74,7 +73,8 @@ def client(settings: Settings) -> Iterator[Client]:
     try:
         wait_for(lambda: running_service(settings) or process.poll() is not None, 60)
         assert process.poll() is None, log.read_text()
-        yield Client.find(settings)
+        with Client.find(settings) as found:
+            yield found
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(120)
@@ -94,6 +94,8 @@ def succeeded(client: Client, job: dict[str, Any]) -> dict[str, Any]:
 def test_a_posted_job_becomes_a_model_that_an_openai_client_chats_with(
     client: Client, settings: Settings, tmp_path: Path
 ) -> None:
+    from openai import NotFoundError, OpenAI
+
     base = servable_model(settings.model_roots[0] / "base")
     imported = succeeded(client, client.submit({"type": "import", "path": str(base), "name": "tiny"}))
     assert imported["artifact_ids"]
@@ -129,17 +131,19 @@ def test_a_posted_job_becomes_a_model_that_an_openai_client_chats_with(
     assert succeeded(client, followers["validate"])["result"]["report"]["ok"]
     deployed = succeeded(client, followers["deploy"])["result"]
 
-    openai = OpenAI(base_url=f"{client.url}/v1", api_key=client.key, max_retries=0)
-    assert [model.id for model in openai.models.list()] == ["line"]
-    question: list[Any] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "42"}]
-    asked: dict[str, Any] = {"model": "line", "messages": question, "max_tokens": 16, "temperature": 0}
-    answer = openai.chat.completions.create(**asked).choices[0].message.content
-    pieces = [chunk.choices[0].delta.content or "" for chunk in openai.chat.completions.create(**asked, stream=True)]
-    assert "".join(pieces) == answer
-    assert answer == greedy(settings.data_dir / "models" / "merged_models" / "line_merged_v1", question)
-    with pytest.raises(NotFoundError) as refused:
-        openai.chat.completions.create(**{**asked, "model": "nobody"})
-    assert refused.value.code == "model_not_found"
+    with OpenAI(base_url=f"{client.url}/v1", api_key=client.key, max_retries=0) as openai:
+        assert [model.id for model in openai.models.list()] == ["line"]
+        question: list[Any] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "42"}]
+        asked: dict[str, Any] = {"model": "line", "messages": question, "max_tokens": 16, "temperature": 0}
+        answer = openai.chat.completions.create(**asked).choices[0].message.content
+        pieces = [
+            chunk.choices[0].delta.content or "" for chunk in openai.chat.completions.create(**asked, stream=True)
+        ]
+        assert "".join(pieces) == answer
+        assert answer == greedy(settings.data_dir / "models" / "merged_models" / "line_merged_v1", question)
+        with pytest.raises(NotFoundError) as refused:
+            openai.chat.completions.create(**{**asked, "model": "nobody"})
+        assert refused.value.code == "model_not_found"
 
     client.call("DELETE", f"/deployments/{deployed['deployment_id']}")
     wait_for(lambda: client.call("GET", f"/deployments/{deployed['deployment_id']}")["status"] == "stopped", 60)
