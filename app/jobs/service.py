@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.artifacts import inspect, references
@@ -38,22 +39,36 @@ class Submission:
     def submit(self, intake: Intake, idempotency_key: str | None = None) -> JobOut:
         """Stores the job and its follow-ups; the same key and body again give the same job."""
         fingerprint = _sha256(intake.submitted)
-        if idempotency_key is not None:
-            earlier = repository.by_idempotency_key(self._session, self._caller.project_id, idempotency_key)
-            if earlier is not None:
-                if earlier.idem_sha256 != fingerprint:
-                    raise IdempotencyKeyReused(
-                        "this Idempotency-Key came before with another body",
-                        param="Idempotency-Key",
-                        hint="Use a new key for a new request.",
-                    )
-                return show(self._session, self._caller.project_id, earlier.id)
+        if earlier := self._earlier(idempotency_key, fingerprint):
+            return earlier
         check_disk(self._settings)
-        job = self._add(intake.spec, intake.submitted, [], idem=(idempotency_key, fingerprint))
+        try:
+            with self._session.begin_nested():
+                job = self._add(intake.spec, intake.submitted, [], idem=(idempotency_key, fingerprint))
+        except IntegrityError:
+            # Somebody sent the same key at the same moment and was faster.
+            if earlier := self._earlier(idempotency_key, fingerprint):
+                return earlier
+            raise
         for warning in intake.warnings:
             repository.note(self._session, job.id, Move(JobState.QUEUED, "spec_warning", warning, "warn"))
         if isinstance(intake.spec, TrainSpec):
             self._follow_ups(intake.spec, job)
+        return show(self._session, self._caller.project_id, job.id)
+
+    def _earlier(self, idempotency_key: str | None, fingerprint: str) -> JobOut | None:
+        """The job that this key made already. Raises IdempotencyKeyReused when its body was another."""
+        if idempotency_key is None:
+            return None
+        job = repository.by_idempotency_key(self._session, self._caller.project_id, idempotency_key)
+        if job is None:
+            return None
+        if job.idem_sha256 != fingerprint:
+            raise IdempotencyKeyReused(
+                "this Idempotency-Key came before with another body",
+                param="Idempotency-Key",
+                hint="Use a new key for a new request.",
+            )
         return show(self._session, self._caller.project_id, job.id)
 
     def _follow_ups(self, spec: TrainSpec, job: Job) -> None:

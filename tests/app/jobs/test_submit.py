@@ -1,0 +1,390 @@
+"""From a body to rows: JSON and YAML, older names, follow-ups, idempotency."""
+
+import contextlib
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fastapi.testclient import TestClient
+from sqlalchemy import select
+
+from app.catalog import discover
+from app.db import Database
+from app.documents import parse_yaml
+from app.errors import AppError, BadRequest
+from app.jobs.intake import read_spec
+from app.main import create_app
+from app.models import Job, JobDependency
+from app.settings import Settings
+from tests.support import make_adapter_folder, on_sqlite, train_spec
+
+YAML = {"content-type": "application/yaml"}
+GUIDE_BLOCK = """\
+model:
+  model_name_or_path: "Qwen/Qwen2.5-7B-Instruct"
+  use_peft: true
+  peft_config:
+    r: 16
+    lora_alpha: 32
+    lora_dropout: 0.1
+    target_modules: ["q_proj", "k_proj", "v_proj", "o_proj"]
+    bias: "none"
+    task_type: "CAUSAL_LM"
+  quantization_config:
+    load_in_4bit: true
+    bnb_4bit_compute_dtype: "float16"
+    bnb_4bit_quant_type: "nf4"
+    bnb_4bit_use_double_quant: true
+"""
+
+
+@pytest.fixture
+def spec(models: Path, file_id: str) -> dict[str, Any]:
+    return train_spec(str(models / "tiny"), file_id)
+
+
+def test_a_job_is_queued_with_every_default_filled_in(api: TestClient, spec: dict[str, Any]) -> None:
+    answer = api.post("/jobs", json=spec)
+    assert answer.status_code == 201
+    job = answer.json()
+    assert job["id"].startswith("ftjob-")
+    assert (job["status"], job["queue_position"], job["attempt"], job["depends_on"]) == ("queued", 1, 0, [])
+    assert job["spec"] == spec
+    resolved = job["resolved_spec"]
+    assert resolved["model"]["peft_config"]["lora_alpha"] == 32
+    assert resolved["training"]["learning_rate"] == 2e-4
+    assert resolved["training"]["num_train_epochs"] == 3.0
+    assert api.get(f"/jobs/{job['id']}").json() == job
+    (event,) = api.get(f"/jobs/{job['id']}/events").json()["data"]
+    assert (event["seq"], event["code"], event["data"]["to"]) == (1, "job_queued", "queued")
+
+
+@on_sqlite
+def test_a_full_fine_tune_learns_slower(api: TestClient, spec: dict[str, Any]) -> None:
+    spec["model"]["use_peft"] = False
+    resolved = api.post("/jobs", json=spec).json()["resolved_spec"]
+    assert resolved["training"]["learning_rate"] == 2e-5
+    assert resolved["model"]["peft_config"] is None
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("peft", "expected"),
+    [
+        ({"preset": "conservative"}, (8, 16, 0.1)),
+        ({"preset": "aggressive"}, (32, 64, 0.05)),
+        ({"preset": "balanced", "r": 4}, (4, 32, 0.1)),
+        ({"r": 4}, (4, 8, 0.1)),
+    ],
+)
+def test_presets(api: TestClient, spec: dict[str, Any], peft: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    spec["model"]["peft_config"] = peft
+    got = api.post("/jobs", json=spec).json()["resolved_spec"]["model"]["peft_config"]
+    assert (got["r"], got["lora_alpha"], got["lora_dropout"]) == expected
+
+
+@on_sqlite
+def test_a_name_is_made_up(api: TestClient, spec: dict[str, Any]) -> None:
+    del spec["experiment_name"]
+    name = api.post("/jobs", json=spec).json()["experiment_name"]
+    assert name.startswith("sft_tiny_lora_r16_alpha32_20")
+    assert len(name.rpartition("_")[2]) == 8
+
+
+def test_follow_ups_are_jobs_of_their_own(api: TestClient, spec: dict[str, Any]) -> None:
+    train = api.post("/jobs", json={**spec, "then": ["merge", "validate", "deploy"], "priority": 5}).json()
+    deploy, validate, merge, first = api.get("/jobs").json()["data"]
+    assert first["id"] == train["id"]
+    assert [job["type"] for job in (merge, validate, deploy)] == ["merge", "validate", "deploy"]
+    assert merge["depends_on"] == [train["id"]]
+    assert merge["resolved_spec"]["adapter"] == f"job:{train['id']}"
+    assert merge["resolved_spec"]["output_name"] == "run_merged"
+    assert validate["resolved_spec"]["model"] == f"job:{merge['id']}"
+    assert set(validate["depends_on"]) == {merge["id"]}
+    assert deploy["resolved_spec"]["name"] == "run"
+    assert set(deploy["depends_on"]) == {merge["id"], validate["id"]}
+    for job in (merge, validate, deploy):
+        assert (job["hold_reason"], job["queue_position"], job["priority"]) == ("dependency", None, 5)
+
+
+def test_follow_ups_fall_with_their_parent(api: TestClient, spec: dict[str, Any]) -> None:
+    train = api.post("/jobs", json={**spec, "then": ["merge", "validate", "deploy"]}).json()
+    api.post(f"/jobs/{train['id']}/cancel")
+    jobs = api.get("/jobs").json()["data"]
+    assert [job["status"] for job in jobs] == ["cancelled"] * 4
+    assert [job["error"]["code"] for job in jobs[:3]] == ["dependency_failed"] * 3
+
+
+@on_sqlite
+def test_a_full_model_is_validated_and_deployed_without_a_merge(api: TestClient, spec: dict[str, Any]) -> None:
+    spec["model"]["use_peft"] = False
+    train = api.post("/jobs", json={**spec, "then": ["validate", "deploy"]}).json()
+    deploy, validate, _ = api.get("/jobs").json()["data"]
+    assert validate["resolved_spec"]["model"] == deploy["resolved_spec"]["model"] == f"job:{train['id']}"
+
+
+def test_a_job_waits_for_the_job_that_it_names(api: TestClient, spec: dict[str, Any]) -> None:
+    train = api.post("/jobs", json=spec).json()
+    merge = api.post("/jobs", json={"type": "merge", "adapter": f"job:{train['id']}"}).json()
+    assert merge["depends_on"] == [train["id"]]
+    assert merge["hold_reason"] == "dependency"
+
+
+@on_sqlite
+def test_an_adapter_field_takes_only_an_adapter(api: TestClient, models: Path) -> None:
+    make_adapter_folder(models / "adapter")
+    answer = api.post("/jobs", json={"type": "merge", "adapter": str(models / "tiny")})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "adapter_invalid"
+    assert api.post("/jobs", json={"type": "merge", "adapter": str(models / "adapter")}).status_code == 201
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("reference", "pinned"),
+    [
+        ("Qwen/Qwen2.5-0.5B", "hub:Qwen/Qwen2.5-0.5B"),
+        ("hub:Qwen/Qwen2.5-0.5B@main", "hub:Qwen/Qwen2.5-0.5B@main"),
+        ("gpt2", "hub:gpt2"),
+        ("{models}/tiny/", "{models}/tiny"),
+        ("{models}/x/../tiny", "{models}/tiny"),
+    ],
+)
+def test_references_are_pinned(
+    api: TestClient, spec: dict[str, Any], models: Path, reference: str, pinned: str
+) -> None:
+    spec["model"]["model_name_or_path"] = reference.format(models=models)
+    resolved = api.post("/jobs", json=spec).json()["resolved_spec"]
+    assert resolved["model"]["model_name_or_path"] == pinned.format(models=models)
+
+
+@on_sqlite
+def test_a_revision_is_pinned_too(api: TestClient, spec: dict[str, Any]) -> None:
+    spec["model"] = {"model_name_or_path": "org/name", "revision": "abc123"}
+    resolved = api.post("/jobs", json=spec).json()["resolved_spec"]
+    assert resolved["model"]["model_name_or_path"] == "hub:org/name@abc123"
+    spec["model"]["revision"] = "../../etc"
+    assert api.post("/jobs", json=spec).status_code == 400
+
+
+# YAML
+
+
+def test_the_guides_block_as_it_is(api: TestClient, file_id: str) -> None:
+    body = (
+        f"type: train\nalgorithm: sft\ndataset: {{file: {file_id}}}\n{GUIDE_BLOCK}training: {{learning_rate: 2e-4}}\n"
+    )
+    answer = api.post("/jobs", content=body, headers=YAML)
+    assert answer.status_code == 201, answer.text
+    job = answer.json()
+    assert job["experiment_name"].startswith("sft_qwen2.5-7b_qlora_r16_alpha32_")
+    assert job["resolved_spec"]["training"]["learning_rate"] == 2e-4
+    assert job["resolved_spec"]["model"]["quantization_config"]["bnb_4bit_compute_dtype"] == "float16"
+    assert job["spec"]["model"] == yaml.safe_load(GUIDE_BLOCK)["model"]
+
+
+@on_sqlite
+def test_yaml_and_json_say_the_same(api: TestClient, spec: dict[str, Any]) -> None:
+    by_json = api.post("/jobs", json=spec).json()
+    by_yaml = api.post("/jobs", content=yaml.safe_dump(spec), headers=YAML).json()
+    assert by_yaml["resolved_spec"] == by_json["resolved_spec"]
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("line", "path", "expected"),
+    [
+        ("experiment_name: 20241201", "experiment_name", "20241201"),
+        ("experiment_name: 1e5", "experiment_name", "1e5"),
+        ("experiment_name: true", "experiment_name", "true"),
+        ("experiment_name: yes", "experiment_name", "yes"),
+        ("experiment_name: 012", "experiment_name", "012"),
+        ("metadata: {year: 2024, version: 1.10, day: 2024-12-01}", "metadata.version", "1.10"),
+        ("metadata: {year: 2024, version: 1.10, day: 2024-12-01}", "metadata.day", "2024-12-01"),
+        ("priority: 7", "priority", 7),
+        ("priority: -7", "priority", -7),
+        ("seconds: 1e1", "seconds", 10.0),
+        ("seconds: 2E-4", "seconds", 2e-4),
+        ("seconds: .5", "seconds", 0.5),
+        ("seconds: 1_000", "seconds", 1000),
+        ("marker: ~", "marker", None),
+        ("marker:", "marker", None),
+        ("marker: null", "marker", None),
+        ('marker: "null"', "marker", "null"),
+    ],
+)
+def test_scalars_are_read_as_the_field_needs_them(api: TestClient, line: str, path: str, expected: Any) -> None:
+    answer = api.post("/jobs", content=f"type: sleepy\n{line}\n", headers=YAML)
+    assert answer.status_code == 201, answer.text
+    value = answer.json()["resolved_spec"]
+    for step in path.split("."):
+        value = value[step]
+    assert value == expected
+    assert type(value) in (type(expected), float)
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("type: sleepy\nseconds: 1\nseconds: 2\n", "'seconds' stands twice (line 3)"),
+        ("type: sleepy\nmetadata: {a: x, a: y}\n", "'a' stands twice"),
+        ("type: sleepy\nmetadata: &x {a: b}\n", "anchors and aliases"),
+        ("type: sleepy\nmetadata: *x\n", "anchors and aliases"),
+        ("type: !!python/object/apply:os.system ['id']\n", "the tag"),
+        ("type: !!str sleepy\n", "the tag"),
+        ("type: sleepy\n  bad: indent\n", "at line 2"),
+        ("type: sleepy\n---\ntype: sleepy\n", "not valid YAML"),
+        ("type: sleepy\nmarker: \x07\n", "not valid YAML"),
+        ("type: sleepy\nmetadata: " + "[" * 5000 + "]" * 5000, ""),
+        ("type: sleepy\nmetadata: " + "{a: " * 70 + "1" + "}" * 70, "deeper"),
+        ("type: sleepy\nseconds: .inf\n", "seconds"),
+        ("type: sleepy\nseconds: 1e999\n", "seconds"),
+        ("type: sleepy\n? [a]\n: b\n", ""),
+        ("- type: sleepy\n", "object"),
+        ("", "object"),
+    ],
+)
+def test_yaml_that_is_refused(api: TestClient, body: str, words: str) -> None:
+    answer = api.post("/jobs", content=body.encode(), headers=YAML)
+    assert answer.status_code == 400, answer.text
+    assert words in answer.json()["error"]["message"]
+    assert api.get("/jobs").json()["data"] == []
+
+
+def test_yaml_that_is_not_utf_8() -> None:
+    with pytest.raises(BadRequest, match="UTF-8"):
+        parse_yaml(b"type: \xff\xfe")
+
+
+@on_sqlite
+@pytest.mark.parametrize("name", ["1", "null", "true"])
+def test_a_yaml_key_that_is_no_text(api: TestClient, name: str) -> None:
+    answer = api.post("/jobs", content=f"type: sleepy\n{name}: x\n", headers=YAML)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] in ("unknown_field", "invalid_type", "invalid_value")
+    answer = api.post("/jobs", content=f"type: sleepy\nmetadata: {{{name}: x}}\n", headers=YAML)
+    assert answer.status_code in (201, 400), answer.text
+
+
+@on_sqlite
+def test_a_revision_of_digits_stays_text(api: TestClient, file_id: str) -> None:
+    body = (
+        f"type: train\nalgorithm: sft\ndataset: {{file: {file_id}}}\nmodel: {{model_name_or_path: a/b, revision: 12e4}}"
+    )
+    answer = api.post("/jobs", content=body, headers=YAML)
+    assert answer.json()["resolved_spec"]["model"]["model_name_or_path"] == "hub:a/b@12e4"
+
+
+# Older names
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("block", "old", "value", "new"),
+    [
+        ("training", "evaluation_strategy", "no", "eval_strategy"),
+        ("training", "warmup_ratio", 0.1, "warmup_steps"),
+        ("training", "max_seq_length", 64, "max_length"),
+        ("model", "torch_dtype", "float16", "dtype"),
+    ],
+)
+def test_an_older_name_works_and_is_told(
+    api: TestClient, spec: dict[str, Any], block: str, old: str, value: Any, new: str
+) -> None:
+    spec[block][old] = value
+    job = api.post("/jobs", json=spec).json()
+    assert job["resolved_spec"][block][new] == value
+    assert job["spec"][block][old] == value
+    warning = api.get(f"/jobs/{job['id']}/events").json()["data"][0]
+    assert (warning["code"], warning["level"]) == ("spec_warning", "warn")
+    assert warning["message"] == f"{block}.{old} is an older name of {block}.{new}."
+
+
+@on_sqlite
+def test_names_without_effect_are_ignored_and_told(api: TestClient, spec: dict[str, Any]) -> None:
+    names = ["output_dir", "overwrite_output_dir", "logging_dir", "save_safetensors", "run_name", "group_by_length"]
+    spec["training"] |= dict.fromkeys(names, True)
+    job = api.post("/jobs", json=spec).json()
+    warnings = [event["message"] for event in api.get(f"/jobs/{job['id']}/events?order=asc").json()["data"][1:]]
+    assert warnings == [f"training.{name} has no effect here and was ignored." for name in names]
+    assert not set(names) & set(job["resolved_spec"]["training"])
+
+
+# Idempotency
+
+
+def test_the_same_key_and_body_give_the_same_job(api: TestClient, spec: dict[str, Any]) -> None:
+    headers = {"idempotency-key": "k1"}
+    body = {**spec, "then": ["merge"]}
+    first = api.post("/jobs", json=body, headers=headers)
+    second = api.post("/jobs", content=json.dumps(body, indent=4), headers=headers)
+    assert (first.status_code, second.status_code) == (201, 201)
+    assert first.json()["id"] == second.json()["id"]
+    assert len(api.get("/jobs").json()["data"]) == 2
+    other = api.post("/jobs", json={**spec, "priority": 1}, headers=headers)
+    assert other.status_code == 422
+    error = other.json()["error"]
+    assert (error["code"], error["param"]) == ("idempotency_key_reused", "Idempotency-Key")
+    assert api.post("/jobs", json=body, headers={"idempotency-key": "k2"}).json()["id"] != first.json()["id"]
+
+
+@pytest.mark.parametrize("value", ["", "x" * 256])
+@on_sqlite
+def test_an_idempotency_key_of_the_wrong_length(api: TestClient, value: str) -> None:
+    answer = api.post("/jobs", json={"type": "sleepy"}, headers={"idempotency-key": value})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "idempotency-key"
+
+
+def test_the_same_key_at_the_same_moment(settings: Settings, key: str, database: Database) -> None:
+    """Eight clients retry at once: one job, and everybody hears of it."""
+    app = create_app(settings)
+    answers: list[Any] = []
+    start = threading.Barrier(8)
+
+    with TestClient(app, headers={"authorization": f"Bearer {key}", "idempotency-key": "same"}) as client:
+
+        def post() -> None:
+            start.wait()
+            answers.append(client.post("/jobs", json={"type": "sleepy"}))
+
+        threads = [threading.Thread(target=post) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [answer.status_code for answer in answers] == [201] * 8, [answer.text for answer in answers]
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    with database.read() as session:
+        assert len(session.scalars(select(Job)).all()) == 1
+        assert session.scalars(select(JobDependency)).all() == []
+
+
+def test_intake_never_raises_anything_else() -> None:
+    """Whatever JSON comes, the answer is a spec or an error of ours."""
+    catalog = discover(("workers.recipes", "tests.plugs"))
+    values: list[Any] = [None, True, 0, -1, 1.5, "", "x", [], [1], {}, {"a": 1}, {"type": "train"}]
+    good: dict[str, Any] = train_spec("a/b", "file-1", then=["merge"], metadata={"a": "b"}, resources={"gpus": 1})
+    good["model"] |= {"peft_config": {"target_modules": ["a"]}, "quantization_config": {"load_in_4bit": True}}
+
+    def places(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+        found = [path] if path else []
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                found += places(inner, (*path, name))
+        return found
+
+    for path in places(good):
+        for value in values:
+            copy = json.loads(json.dumps(good))
+            place = copy
+            for step in path[:-1]:
+                place = place[step]
+            place[path[-1]] = value
+            for body, media in ((json.dumps(copy), "application/json"), (yaml.safe_dump(copy), "application/yaml")):
+                with contextlib.suppress(AppError):
+                    read_spec(body.encode(), media, catalog)
