@@ -37,6 +37,7 @@ def embedded_command(settings: Settings) -> list[str]:
         "maxmemory-policy noeviction",
         "daemonize no",
         "loglevel warning",
+        f'logfile "{folder / "valkey.log"}"',
     ]
     config = folder / "valkey.conf"
     write_private(config, "\n".join(lines).encode() + b"\n")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from app.artifacts import references
@@ -17,7 +18,12 @@ def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Jo
     spec_class = catalog.spec_class(job.type, job.algorithm)
     if spec_class is None:
         raise RunError(Code.BAD_SPEC, f"this worker does not know {job.algorithm or job.type}")
-    spec = spec_class.model_validate(job.resolved_spec)
+    try:
+        spec = spec_class.model_validate(job.resolved_spec)
+    except ValidationError as error:
+        raise RunError(
+            Code.BAD_SPEC, f"this worker cannot read the spec: {error}", hint="Are API and worker of one version?"
+        ) from error
     inputs: dict[str, dict[str, Any]] = {}
     for path, kind, value in references.references(spec):
         if kind == "file":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_LINE = 64 * 1024
+_LARGEST = 2**63 - 1
 
 
 class Journal:
@@ -62,10 +63,23 @@ class Tail:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        value = json.loads(line, parse_constant=lambda _: None)
+        value = _storable(json.loads(line, parse_constant=lambda _: None))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and isinstance(value.get("kind"), str) else None
+
+
+def _storable(value: Any) -> Any:
+    """Without what no database can hold: NUL and halves of surrogate pairs in texts, numbers beyond a float."""
+    if isinstance(value, str):
+        return value.replace("\0", "").encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_storable(key): _storable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_storable(item) for item in value]
+    if isinstance(value, int) and abs(value) > _LARGEST or isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def finite(value: float | None) -> float | None:

@@ -90,20 +90,20 @@ class Ledger:
             values["phase"] = str(line.get("phase"))[:32]
         elif kind == "progress":
             values["progress"] = {key: line[key] for key in line if key not in ("t", "kind")}
-        elif kind == "metric" and isinstance(line.get("step"), int) and isinstance(line.get("values"), dict):
+        elif kind == "metric" and _is_step(line.get("step")) and isinstance(line.get("values"), dict):
             metrics += [
                 {"job_id": self.job.id, "step": line["step"], "name": str(name)[:64], "value": value}
                 for name, value in line["values"].items()
-                if isinstance(value, int | float) or value is None
+                if isinstance(value, int | float) and not isinstance(value, bool) or value is None
             ]
         elif kind == "resolved":
             values["resolved_spec"] = _patched(values.get("resolved_spec", row.resolved_spec), line)
-        elif kind == "checkpoint":
+        elif kind == "checkpoint" and _is_step(line.get("step")) and isinstance(line.get("bytes"), int):
             self._checkpoint(session, line, values)
 
     def _checkpoint(self, session: Session, line: Line, values: dict[str, Any]) -> None:
-        step = int(line["step"])
-        path = Path(str(line["path"]))
+        step: int = line["step"]
+        path = Path(str(line.get("path")))
         if not path.is_relative_to(self._storage.job_dir(self.job.id)):
             return
         relative = str(path.relative_to(self._storage.root))
@@ -118,8 +118,8 @@ class Ledger:
                 fence=self.job.fence,
                 step=step,
                 path=relative,
-                bytes=int(line["bytes"]),
-                metrics=dict(line.get("metrics") or {}),
+                bytes=line["bytes"],
+                metrics=line["metrics"] if isinstance(line.get("metrics"), dict) else {},
             )
         )
         values |= {"ckpt_ref": relative, "ckpt_step": step}
@@ -209,6 +209,11 @@ class Ledger:
         code = Code.KILLED if exit_code < 0 else Code.CRASHED
         hint = f"The end of its log: {log_tail[-1500:]}" if log_tail else "Its log is empty."
         return self.fail(RunError(code, f"{reason} {self.job.max_attempts} attempts were made.", hint=hint), exit_code)
+
+
+def _is_step(value: object) -> bool:
+    """A number that fits the column; what a child writes is not trusted."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _patched(spec: dict[str, Any], line: Line) -> dict[str, Any]:

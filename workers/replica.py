@@ -26,8 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from app import processes
 from app.states import EXIT_LIFELINE_CUT
-from workers import processes
 from workers.journal import Journal
 
 EXIT_STOPPED = 0

@@ -78,7 +78,7 @@ class ReplicaSupervision(Supervision):
             options=DeploymentOptions.model_validate(spec.model_dump(include=set(DeploymentOptions.model_fields))),
             has_gpu=self.gpu is not None,
             dtype=_dtype(spec.dtype, has_gpu=self.gpu is not None),
-            cpu_threads=os.cpu_count() or 1,
+            cpu_threads=len(os.sched_getaffinity(0)),
         )
 
     def _check_folder(self, folder: Path, artifact_id: str | None) -> None:

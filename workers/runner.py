@@ -17,9 +17,9 @@ from typing import Any
 from app import states
 from app.catalog import Interrupted, discover
 from app.errors import Code, RunError
+from app.processes import LIFE_FD, harden, watch_lifeline
 from app.storage import write_private
 from workers.context import ATTEMPT, RESULT, JobContext
-from workers.processes import LIFE_FD, harden, watch_lifeline
 
 _EXITS = {
     Code.BAD_DATA: states.EXIT_BAD_DATA,

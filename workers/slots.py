@@ -16,10 +16,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.jobs import repository
 from app.models import Job, Slot, Worker, now
+from app.processes import kill_holders_of_slot
 from app.reconciler import reap
 from app.settings import Settings, parse_slots
 from app.states import JobState
-from workers.processes import kill_holders_of_slot
 from workers.replicas import ReplicaSupervision
 from workers.supervisor import House, Supervision
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from app.catalog import Catalog
 from app.db import Database
 from app.errors import Code, RunError
 from app.models import Job, new_id
+from app.processes import LIFE_FD, TOKEN, exited, kill_ladder
 from app.queue import AnyDoorbell
 from app.settings import Settings
 from app.storage import Storage, write_private
@@ -28,7 +29,6 @@ from workers.context import ATTEMPT, EVENTS, LOG, RESULT
 from workers.inputs import attempt_file
 from workers.journal import Tail
 from workers.ledger import Finished, Flags, Ledger, Line
-from workers.processes import LIFE_FD, TOKEN, exited, kill_ladder
 
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "HF_HOME", "HF_ENDPOINT", "XDG_CACHE_HOME", "LD_LIBRARY_PATH")
 _POLL = 0.1
@@ -152,8 +152,13 @@ class Supervision:
         except RunError as error:
             self.ledger.fail(error)
             return
-        flags = self.listen(child)
-        self._settle(child, flags)
+        try:
+            self._settle(child, self.listen(child))
+        except BaseException:
+            child.end(0)  # whatever went wrong here, nothing computes on unwatched
+            raise
+        finally:
+            child.close()
 
     def spawn(self, module: str, attempt: Mapping[str, Any]) -> Child:
         """Writes ``attempt.json`` and starts the child. Raises RunError when the disk refuses."""
@@ -212,24 +217,22 @@ class Supervision:
             time.sleep(_POLL)
 
     def _settle(self, child: Child, flags: Flags) -> None:
-        try:
-            status = child.process.wait()
-            if flags.lost:
-                return
-            if flags.cancel:
-                self.ledger.cancelled()
-            else:
-                self._conclude(child, status)
-                # A cancellation that came after the last beat: every other way out of RUNNING refuses it.
-                self.ledger.cancelled()
-        finally:
-            child.close()
+        status = child.process.wait()
+        if flags.lost:
+            return
+        if flags.cancel:
+            self.ledger.cancelled()
+        else:
+            self._conclude(child, status)
+            # A cancellation that came after the last beat: every other way out of RUNNING refuses it.
+            self.ledger.cancelled()
 
     def _conclude(self, child: Child, status: int) -> None:
         result = _result(self.folder)
         if result is not None and result.get("status") == "ok":
             try:
-                self._publish(result)
+                with self._beating():  # hashing a large model takes longer than a lease
+                    self._publish(result)
             except RunError as error:
                 self.ledger.fail(error, status)
             except OSError as error:
@@ -244,6 +247,24 @@ class Supervision:
             self.ledger.fail(RunError(Code.PROTOCOL, "the run ended without a result"), status)
         else:
             self.ledger.crashed(status, _how_it_ended(status), child.log_tail())
+
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        """The job stays ours while this thread works for it."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(self.house.settings.heartbeat_seconds):
+                with contextlib.suppress(SQLAlchemyError):
+                    self.ledger.beat([])
+
+        thread = threading.Thread(target=beat, name=f"{self.slot_id}-beat")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def _publish(self, result: dict[str, Any]) -> None:
         finished: list[Finished] = []

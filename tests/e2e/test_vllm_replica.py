@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from app import processes
 from app.catalog import EngineLaunch
 from app.settings import Settings
 from app.specs import DeploymentOptions
-from workers import processes
 from workers.engines.vllm import engine
 from workers.journal import Tail
 from workers.replica import UnixConnection

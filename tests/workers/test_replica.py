@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from workers import processes
+from app import processes
 from workers.journal import Tail
 from workers.replica import PASSED_ON
 
@@ -268,7 +268,7 @@ def test_the_end_of_the_life_pipe_ends_everything_within_2_seconds(attempt: Atte
 PARENT = f"""
 import os, subprocess, sys, time
 sys.path.insert(0, {str(FAKE_ENGINE.parents[2])!r})
-from workers import processes
+from app import processes
 read, write = os.pipe()
 fds, env = ([read], {{processes.LIFE_FD: str(read)}}) if sys.argv[3] == "pipe" else ([], {{}})
 subprocess.Popen(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from workers import processes
+from app import processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: /proc and prctl")
 
@@ -185,7 +185,7 @@ def test_the_lifeline_notices_the_end_and_nothing_else() -> None:
 
 HARDENED = """
 import os, resource, sys
-from workers import processes
+from app import processes
 processes.harden()
 umask = os.umask(0)
 print(resource.getrlimit(resource.RLIMIT_CORE), oct(umask), open('/proc/self/oom_score_adj').read().strip(), flush=True)
