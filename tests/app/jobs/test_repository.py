@@ -367,7 +367,8 @@ def test_eight_processes_claim_and_each_job_has_one_winner(
     add: Add, row: Row, history: Any, database: Database
 ) -> None:
     ids = [add() for _ in range(12)]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["app.jobs.repository", "tests.support"])
     start, won = context.Barrier(8), context.Queue()
     processes = [context.Process(target=_race, args=(database.url, f"w{number}", start, won)) for number in range(8)]
     for process in processes:
