@@ -35,13 +35,16 @@ class SlotLock:
     """Holding a slot's ``flock`` proves that its former owner is gone: the kernel lets go of a dead process's locks."""
 
     def __init__(self, settings: Settings, slot_id: str) -> None:
-        self._file: IO[str] = (settings.sockets / f"slot-{slot_id}").open("w")
+        # Opened to append, so that a worker that comes second does not wipe out who holds it.
+        self._file: IO[str] = (settings.sockets / f"slot-{slot_id}").open("a")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._file.close()
             raise SlotTaken(
                 f"slot {slot_id} is held by another worker of {settings.data_dir}; stop it, or set TUNESMITH_SLOTS"
             ) from error
+        self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()
 

@@ -1,0 +1,221 @@
+"""Slots: which there are, that one worker holds each, and what a new holder does about the old one's job."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from app.catalog import discover
+from app.db import Database
+from app.jobs import repository
+from app.models import Job, JobEvent, Slot, Worker, new_id, now
+from app.processes import TOKEN, processes_with_token
+from app.projects.repository import ensure_default
+from app.queue import SilentDoorbell
+from app.settings import Settings, parse_slots
+from app.storage import Storage
+from tests.support import on_sqlite, wait_for
+from workers.slots import SlotLock, SlotTaken, SlotThread, register, slots_of
+from workers.supervisor import House
+
+
+@pytest.fixture
+def make_house(settings: Settings, database: Database, storage: Storage) -> Callable[[str], House]:
+    """A worker's house by its id."""
+
+    def make(worker_id: str) -> House:
+        catalog = discover(("tests.plugs",))
+        return House(settings, database, storage, catalog, SilentDoorbell(), worker_id, threading.Event())
+
+    return make
+
+
+@pytest.fixture
+def add(database: Database) -> Callable[..., str]:
+    """A queued job that succeeds at once."""
+
+    def add(**columns: Any) -> str:
+        spec = {"type": "sleepy", "experiment_name": "nap", "mode": "ok"}
+        with database.write() as session:
+            ensure_default(session)
+            values = {"type": "sleepy", "experiment_name": "nap", "spec": spec, "resolved_spec": spec}
+            job = Job(id=new_id("job"), project_id="proj-default", spec_sha256="", **{**values, **columns})
+            job.slot_class = columns.get("slot_class", "light")
+            repository.add(session, job)
+            return job.id
+
+    return add
+
+
+def test_slots_by_default_and_as_told(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ids(**changes: Any) -> list[str]:
+        return [slot_id for slot_id, _ in slots_of(Settings(data_dir=tmp_path, **changes))]
+
+    assert ids(slots="train:1,light:2") == ["train-0", "light-0", "light-1"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ids() == ["train-0", "serve-0", "serve-1", "light-0"]
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'GPU 0: H200 (UUID: x)'\necho 'GPU 1: H200 (UUID: y)'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert ids() == ["gpu-0", "gpu-1", "light-0"]
+    fake.write_text("#!/bin/sh\nexit 9\n")
+    assert ids() == ["train-0", "serve-0", "serve-1", "light-0"]
+
+
+@pytest.mark.parametrize("text", ["", "train", "train:x", "cook:1", "train:1;light:1", "light:0"])
+def test_slots_that_make_no_sense(text: str) -> None:
+    with pytest.raises(ValueError, match="slot"):
+        parse_slots(text)
+
+
+@on_sqlite
+def test_a_slot_has_one_holder(settings: Settings) -> None:
+    lock = SlotLock(settings, "light-0")
+    with pytest.raises(SlotTaken, match="light-0"):
+        SlotLock(settings, "light-0")
+    SlotLock(settings, "light-1").release()
+    lock.release()
+    SlotLock(settings, "light-0").release()
+
+
+@on_sqlite
+def test_a_dead_process_holds_no_slot(settings: Settings) -> None:
+    code = (
+        "import os, sys, time; from app.settings import Settings; from workers.slots import SlotLock;"
+        "lock = SlotLock(Settings(), 'light-0'); print('up', flush=True); time.sleep(600)"
+    )
+    env = {**os.environ, "TUNESMITH_DATA_DIR": str(settings.data_dir), "TUNESMITH_RUN_DIR": str(settings.run_dir)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as output:
+        assert output.readline() == b"up\n"
+    with pytest.raises(SlotTaken):
+        SlotLock(settings, "light-0")
+    process.kill()
+    process.wait()
+    SlotLock(settings, "light-0").release()
+
+
+def test_a_new_holder_takes_over_the_job_of_the_dead(
+    make_house: Callable[[str], House], add: Callable[..., str], database: Database
+) -> None:
+    old, other = make_house("old"), make_house("other")
+    register(old, [("light-0", "light"), ("light-1", "light")])
+    with database.write() as session:
+        session.get_one(Worker, "old").host = socket.gethostname()
+    ids = [add() for _ in range(3)]
+    with database.write() as session:
+        session.add(Worker(id="far", host="far-away", pid=1, facts={"instance": old.settings.instance}))
+    claimed = []
+    for worker_id, slot_id in (("old", "light-0"), ("old", "light-1"), ("far", "light-0")):
+        with database.write() as session:
+            claimed.append(repository.claim(session, worker_id, slot_id, ["light"]))
+    mine, elsewhere, far = claimed
+    assert mine
+    assert elsewhere
+    assert far
+    register(other, [("light-0", "light")])
+    with database.read() as session:
+        jobs = {job.id: job for job in session.scalars(select(Job))}
+        workers = {worker.id: worker.stopped_at for worker in session.scalars(select(Worker))}
+        slots = {(slot.worker_id, slot.slot_id): slot.job_id for slot in session.scalars(select(Slot))}
+        codes = list(session.scalars(select(JobEvent.code).where(JobEvent.job_id == mine.id).order_by(JobEvent.seq)))
+    assert set(jobs) == set(ids)
+    assert (jobs[mine.id].state, jobs[mine.id].fence, jobs[mine.id].worker_id) == ("queued", 2, None)
+    # Only the slot that was taken proves something; the others are left to the lease.
+    assert jobs[elsewhere.id].state == "running"
+    assert jobs[far.id].state == "running"
+    assert workers["old"] is not None
+    assert (workers["other"], workers["far"]) == (None, None)
+    assert slots[("old", "light-0")] is None
+    assert codes == ["job_queued", "job_started", "worker_lost"]
+
+
+@on_sqlite
+def test_what_the_dead_left_running_is_ended(make_house: Callable[[str], House]) -> None:
+    house = make_house("new")
+    tokens = [
+        f"{house.settings.instance}:job-1:1:light-0",
+        f"{house.settings.instance}:job-2:1:light-1",
+        "x:j:1:light-0",
+    ]
+    processes = [subprocess.Popen(["sleep", "600"], env={TOKEN: token}, start_new_session=True) for token in tokens]
+    try:
+        register(house, [("light-0", "light")])
+        assert processes[0].wait(10) == -signal.SIGKILL
+        assert processes_with_token(tokens[1]) == [processes[1].pid]
+        assert processes_with_token(tokens[2]) == [processes[2].pid]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def slot(make_house: Callable[[str], House]) -> Iterator[SlotThread]:
+    house = make_house("w")
+    register(house, [("light-0", "light")])
+    thread = SlotThread(house, "light-0", "light")
+    yield thread
+    house.stopping.set()
+    thread.bell.set()
+    if thread.is_alive():
+        thread.join(30)
+
+
+def state(database: Database, job_id: str) -> str:
+    with database.read() as session:
+        return session.get_one(Job, job_id).state
+
+
+@on_sqlite
+def test_a_slot_runs_what_waits_and_hears_the_bell(
+    slot: SlotThread, add: Callable[..., str], database: Database
+) -> None:
+    first = add()
+    slot.start()
+    wait_for(lambda: state(database, first) == "succeeded", 30)
+    later = add()
+    other = add(slot_class="train")
+    slot.bell.set()
+    wait_for(lambda: state(database, later) == "succeeded", 30)
+    assert state(database, other) == "queued"
+
+
+@on_sqlite
+def test_a_slot_looks_by_itself(
+    slot: SlotThread, add: Callable[..., str], database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that is away costs seconds, not jobs."""
+    monkeypatch.setattr("workers.slots.IDLE_SECONDS", 1.0)
+    slot.start()
+    job_id = add()
+    wait_for(lambda: state(database, job_id) == "succeeded", 30)
+
+
+@on_sqlite
+def test_a_job_that_cannot_be_supervised_does_not_cost_the_slot(
+    slot: SlotThread, add: Callable[..., str], database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = add(created_at=now())
+    real = slot.house.storage.attempt_dir
+
+    def attempt_dir(job_id: str, fence: int) -> Path:
+        if job_id == broken:
+            raise RuntimeError("a bug of ours")
+        return real(job_id, fence)
+
+    monkeypatch.setattr(slot.house.storage, "attempt_dir", attempt_dir)
+    good = add()
+    slot.start()
+    wait_for(lambda: state(database, good) == "succeeded", 30)
+    assert state(database, broken) == "running"  # nobody beats for it: it is reaped
