@@ -15,8 +15,8 @@ from rich.text import Text
 from app.client import Client, ServiceError
 from app.settings import Settings
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def fail(message: str, hint: str | None = None) -> NoReturn:
@@ -44,7 +44,11 @@ def as_json(value: Any) -> None:
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> None:
     """For people."""
-    grid = Table(*columns, box=None, pad_edge=False)
+    grid = Table(box=None, pad_edge=False)
+    for column in columns:  # an id that is cut off is of no use, however narrow the terminal
+        grid.add_column(
+            column, no_wrap=True, min_width=max(len(_cell(row.get(column))) for row in [*rows, {column: column}])
+        )
     for row in rows:
         grid.add_row(*(_cell(row.get(column)) for column in columns))
     out.print(grid)

@@ -18,8 +18,10 @@ from app.states import JobState
 
 PERIOD = 0.5
 PING = 15.0
-_QUEUE = 1000
 _BATCH = 500
+# What one round can bring: events, metrics, progress, done, the end, and the end once more when the service stops.
+_ROUND = 2 * _BATCH + 4
+_QUEUE = 2 * _ROUND
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Listener:
     step: int
     queue: asyncio.Queue[Frame | None] = field(default_factory=lambda: asyncio.Queue(_QUEUE))
     progress: str = ""
+
+    @property
+    def has_room(self) -> bool:
+        """False for a client that reads slowly: nothing is fetched for it until it has caught up."""
+        return self.queue.qsize() <= _QUEUE - _ROUND
 
 
 def cursor(last_event_id: str | None) -> tuple[int, int]:
@@ -97,7 +104,7 @@ class Tailer:
 
     async def _run(self) -> None:
         while self._listeners:
-            listeners = list(self._listeners)
+            listeners = [listener for listener in self._listeners if listener.has_room]
             try:
                 batches = await anyio.to_thread.run_sync(self._poll, listeners)
             except Exception:  # the database is away: the next round tries again
@@ -107,26 +114,26 @@ class Tailer:
             for listener, (frames, final) in zip(listeners, batches, strict=True):
                 more = more or len(frames) >= _BATCH
                 for frame in frames:
-                    if listener.queue.full():  # never reads: drop it rather than grow
-                        _end(listener)
-                        self._listeners.discard(listener)
-                        break
                     listener.queue.put_nowait(frame)
                 if final:
+                    listener.queue.put_nowait(DONE_FRAME)
                     _end(listener)
                     self._listeners.discard(listener)
             if not more:
                 await asyncio.sleep(PERIOD)
 
     def _poll(self, listeners: Sequence[Listener]) -> list[tuple[list[Frame], bool]]:
+        if not listeners:
+            return []
         with self._database.read() as session:
             jobs = {
                 job.id: job
                 for job in session.scalars(select(Job).where(Job.id.in_({item.job_id for item in listeners})))
             }
             events = _new_events(session, listeners)
-            metrics = _new_metrics(session, listeners)
-        return [_frames(item, jobs.get(item.job_id), events, metrics) for item in listeners]
+            metrics, whole = _new_metrics(session, listeners)
+        rounds = [_frames(item, jobs.get(item.job_id), events, metrics) for item in listeners]
+        return [(frames, final and whole) for frames, final in rounds]
 
 
 def _new_events(session: Session, listeners: Sequence[Listener]) -> list[JobEvent]:
@@ -135,10 +142,16 @@ def _new_events(session: Session, listeners: Sequence[Listener]) -> list[JobEven
     return list(session.scalars(query.limit(_BATCH * len(listeners))))
 
 
-def _new_metrics(session: Session, listeners: Sequence[Listener]) -> list[Metric]:
+def _new_metrics(session: Session, listeners: Sequence[Listener]) -> tuple[list[Metric], bool]:
+    """Numbers of whole steps, and whether that is all there is."""
     wanted = or_(*(and_(Metric.job_id == item.job_id, Metric.step > item.step) for item in listeners))
     query = select(Metric).where(wanted).order_by(Metric.job_id, Metric.step)
-    return list(session.scalars(query.limit(_BATCH * len(listeners))))
+    limit = _BATCH * len(listeners)
+    rows = list(session.scalars(query.limit(limit)))
+    if len(rows) < limit:
+        return rows, True
+    last = (rows[-1].job_id, rows[-1].step)  # perhaps cut in two by the limit
+    return [row for row in rows if (row.job_id, row.step) != last] or rows, False
 
 
 def _frames(
@@ -158,14 +171,8 @@ def _frames(
     if progress != item.progress:
         item.progress = progress
         frames.append(Frame(None, "progress", progress))
-    final = JobState(job.state).terminal and not mine and item.seq >= job.next_seq
-    if final:
-        frames.append(Frame(None, "done", json.dumps({"status": job.state})))
-    return frames, final
+    return frames, JobState(job.state).terminal and not mine and item.seq >= job.next_seq
 
 
 def _end(listener: Listener) -> None:
-    with contextlib.suppress(asyncio.QueueEmpty):
-        if listener.queue.full():
-            listener.queue.get_nowait()
     listener.queue.put_nowait(None)
