@@ -116,7 +116,6 @@ class Tailer:
                 for frame in frames:
                     listener.queue.put_nowait(frame)
                 if final:
-                    listener.queue.put_nowait(DONE_FRAME)
                     _end(listener)
                     self._listeners.discard(listener)
             if not more:
@@ -132,8 +131,7 @@ class Tailer:
             }
             events = _new_events(session, listeners)
             metrics, whole = _new_metrics(session, listeners)
-        rounds = [_frames(item, jobs.get(item.job_id), events, metrics) for item in listeners]
-        return [(frames, final and whole) for frames, final in rounds]
+        return [_frames(item, jobs.get(item.job_id), events, metrics, whole) for item in listeners]
 
 
 def _new_events(session: Session, listeners: Sequence[Listener]) -> list[JobEvent]:
@@ -155,7 +153,7 @@ def _new_metrics(session: Session, listeners: Sequence[Listener]) -> tuple[list[
 
 
 def _frames(
-    item: Listener, job: Job | None, events: Sequence[JobEvent], metrics: Sequence[Metric]
+    item: Listener, job: Job | None, events: Sequence[JobEvent], metrics: Sequence[Metric], whole: bool
 ) -> tuple[list[Frame], bool]:
     frames: list[Frame] = []
     for event in [event for event in events if event.job_id == item.job_id and event.seq > item.seq][:_BATCH]:
@@ -171,7 +169,10 @@ def _frames(
     if progress != item.progress:
         item.progress = progress
         frames.append(Frame(None, "progress", progress))
-    return frames, JobState(job.state).terminal and not mine and item.seq >= job.next_seq
+    final = JobState(job.state).terminal and whole and not mine and item.seq >= job.next_seq
+    if final:
+        frames.append(Frame(None, "done", json.dumps({"status": job.state})))
+    return frames, final
 
 
 def _end(listener: Listener) -> None:
