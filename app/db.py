@@ -5,6 +5,7 @@ SQLITE_BUSY_SNAPSHOT whatever the busy timeout says.
 """
 
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,9 +15,12 @@ from sqlalchemy import Connection, DateTime, Dialect, Engine, create_engine, eve
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeDecorator
 
+from app.errors import Unavailable
+
 # 3.7.0–3.51.2 have the WAL-reset race that can lose commits, except these two patched lines.
 _WAL_SAFE = (3, 51, 3)
 _WAL_PATCHED = {(3, 50, 7), (3, 44, 6)}
+_PATIENCE = 20.0
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -41,6 +45,7 @@ class Database:
         self.url = url
         self.engine = make_engine(url)
         self._writer = self.engine.execution_options(write=True)
+        self._writers = threading.Lock()
 
     @property
     def is_sqlite(self) -> bool:
@@ -55,12 +60,28 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """A session that commits when the block ends well; then runs what ``after_commit`` was given."""
-        with Session(self._writer, expire_on_commit=False) as session:
+        """A session that commits when the block ends well; then runs what ``after_commit`` was given.
+
+        Raises Unavailable when other writers of this process keep SQLite busy. Never open one inside another.
+        """
+        with self._turn(), Session(self._writer, expire_on_commit=False) as session:
             yield session
             session.commit()
-            for action in session.info.get("after_commit", ()):
-                action()
+        for action in session.info.get("after_commit", ()):
+            action()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """SQLite has one writer: threads of this process queue here instead of polling its lock against each other."""
+        if not self.is_sqlite:
+            yield
+            return
+        if not self._writers.acquire(timeout=_PATIENCE):
+            raise Unavailable("the database is busy with other writes", retry_after=2)
+        try:
+            yield
+        finally:
+            self._writers.release()
 
     def close(self) -> None:
         """Closes every pooled connection."""

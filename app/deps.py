@@ -1,15 +1,16 @@
-"""FastAPI dependencies: who calls, and the session in which a request commits.
+"""FastAPI dependencies: who calls, and what the application holds.
 
-``scope="function"`` ends a dependency before the response leaves: a 201 is sent only after its row is durable.
+A request's session is no dependency: FastAPI would enter, use and leave it in three turns of the thread pool, and with
+all threads waiting for the database's write lock its holder would never get the turn in which it commits. A route opens
+``rooms.database.read()`` or ``.write()`` in its own body, so that a 201 is sent only after its row is durable.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Query, Request, Security
 from fastapi.security import HTTPBearer
-from sqlalchemy.orm import Session
 
 from app.catalog import Catalog
 from app.db import Database
@@ -58,20 +59,8 @@ def require(scope: str) -> Callable[..., Caller]:
     return caller
 
 
-def _read(rooms: RoomsDep) -> Iterator[Session]:
-    with rooms.database.read() as session:
-        yield session
-
-
-def _write(rooms: RoomsDep) -> Iterator[Session]:
-    with rooms.database.write() as session:
-        yield session
-
-
 Limit = Annotated[int, Query(ge=1, le=1000, description="How many rows at most.")]
 After = Annotated[str | None, Query(description="Id of the last row of the page before.", max_length=128)]
 Reader = Annotated[Caller, Depends(require("read"))]
 Submitter = Annotated[Caller, Depends(require("submit"))]
 Server = Annotated[Caller, Depends(require("serve"))]
-ReadSession = Annotated[Session, Depends(_read, scope="function")]
-WriteSession = Annotated[Session, Depends(_write, scope="function")]

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Form, Query, UploadFile
 from fastapi import File as FilePart
 
-from app.deps import After, Limit, Reader, ReadSession, RoomsDep, Submitter
+from app.deps import After, Limit, Reader, RoomsDep, Submitter
 from app.files import service
 from app.files.schemas import FileOut
 from app.paging import Page
@@ -33,17 +33,19 @@ def create_file(
 
 @router.get("", summary="List files, newest first")
 def list_files(
-    session: ReadSession,
     caller: Reader,
+    rooms: RoomsDep,
     limit: Limit = 20,
     after: After = None,
     purpose: Annotated[str | None, Query(max_length=64)] = None,
 ) -> Page[FileOut]:
     """Uploaded files of the project."""
-    return service.listing(session, caller.project_id, limit, after, purpose)
+    with rooms.database.read() as session:
+        return service.listing(session, caller.project_id, limit, after, purpose)
 
 
 @router.get("/{file_id}", summary="Show a file")
-def get_file(file_id: str, session: ReadSession, caller: Reader) -> FileOut:
+def get_file(file_id: str, caller: Reader, rooms: RoomsDep) -> FileOut:
     """One file by its id."""
-    return service.show(session, caller.project_id, file_id)
+    with rooms.database.read() as session:
+        return service.show(session, caller.project_id, file_id)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from app.db import after_commit
-from app.deps import After, Limit, Reader, ReadSession, RoomsDep, Submitter, WriteSession
+from app.deps import After, Limit, Reader, RoomsDep, Submitter
 from app.jobs import service
 from app.jobs.examples import BODY
 from app.jobs.intake import Intake, read_spec
@@ -35,7 +35,6 @@ def metadata_filter(request: Request) -> dict[str, str]:
 @router.post("", status_code=201, summary="Submit a job", openapi_extra=BODY)
 def create_job(
     intake: Annotated[Intake, Depends(_intake)],
-    session: WriteSession,
     caller: Submitter,
     rooms: RoomsDep,
     idempotency_key: Annotated[
@@ -43,14 +42,15 @@ def create_job(
     ] = None,
 ) -> JobOut:
     """Stores the job and answers at once; a worker runs it. JSON, or YAML as `application/yaml`."""
-    after_commit(session, rooms.doorbell.ring)
-    return service.Submission(session, rooms.settings, rooms.catalog, caller).submit(intake, idempotency_key)
+    with rooms.database.write() as session:
+        after_commit(session, rooms.doorbell.ring)
+        return service.Submission(session, rooms.settings, rooms.catalog, caller).submit(intake, idempotency_key)
 
 
 @router.get("", summary="List jobs, newest first")
 def list_jobs(
-    session: ReadSession,
     caller: Reader,
+    rooms: RoomsDep,
     metadata: Annotated[dict[str, str], Depends(metadata_filter)],
     limit: Limit = 20,
     after: After = None,
@@ -59,78 +59,85 @@ def list_jobs(
     experiment_name: Annotated[str | None, Query(max_length=63)] = None,
 ) -> Page[JobOut]:
     """Filter with `status`, `type`, `experiment_name` and `metadata[key]`."""
-    filters = service.job_filters(status, type, experiment_name, metadata)
-    return service.listing(session, caller.project_id, limit, after, filters)
+    with rooms.database.read() as session:
+        filters = service.job_filters(status, type, experiment_name, metadata)
+        return service.listing(session, caller.project_id, limit, after, filters)
 
 
 @router.get("/{job_id}", summary="Show a job")
-def get_job(job_id: str, session: ReadSession, caller: Reader) -> JobOut:
+def get_job(job_id: str, caller: Reader, rooms: RoomsDep) -> JobOut:
     """Status, progress, the resolved spec, what it left and, if it failed, why."""
-    return service.show(session, caller.project_id, job_id)
+    with rooms.database.read() as session:
+        return service.show(session, caller.project_id, job_id)
 
 
 @router.get("/{job_id}/events", summary="A job's history")
 def list_events(
     job_id: str,
-    session: ReadSession,
     caller: Reader,
+    rooms: RoomsDep,
     limit: Limit = 100,
     after: After = None,
     order: Literal["desc", "asc"] = "desc",
 ) -> Page[EventOut]:
     """Every transition and message, numbered without gaps."""
-    return service.events(session, caller.project_id, job_id, limit, after, order)
+    with rooms.database.read() as session:
+        return service.events(session, caller.project_id, job_id, limit, after, order)
 
 
 @router.get("/{job_id}/metrics", summary="A job's numbers by step")
 def list_metrics(
     job_id: str,
-    session: ReadSession,
     caller: Reader,
+    rooms: RoomsDep,
     after_step: Annotated[int, Query(ge=-1, le=2**31 - 1)] = -1,
     limit: Annotated[int, Query(ge=1, le=20_000)] = 5000,
 ) -> list[StepMetrics]:
     """Loss, learning rate, gradient norm and more for each logged step."""
-    return service.metrics(session, caller.project_id, job_id, after_step, limit)
+    with rooms.database.read() as session:
+        return service.metrics(session, caller.project_id, job_id, after_step, limit)
 
 
 @router.get("/{job_id}/checkpoints", summary="A job's checkpoints, newest first")
-def list_checkpoints(job_id: str, session: ReadSession, caller: Reader) -> Page[CheckpointOut]:
+def list_checkpoints(job_id: str, caller: Reader, rooms: RoomsDep) -> Page[CheckpointOut]:
     """Every complete checkpoint of the run."""
-    return service.checkpoints(session, caller.project_id, job_id)
+    with rooms.database.read() as session:
+        return service.checkpoints(session, caller.project_id, job_id)
 
 
 @router.get("/{job_id}/logs", summary="The end of a job's log", response_class=PlainTextResponse)
 def get_logs(
     job_id: str,
-    session: ReadSession,
     caller: Reader,
     rooms: RoomsDep,
     tail_bytes: Annotated[int, Query(ge=1, le=1 << 20, description="How much of the end.")] = 65_536,
 ) -> str:
     """Output of the newest attempt; empty while nothing was written."""
-    return service.log_tail(session, rooms.settings, caller.project_id, job_id, tail_bytes)
+    with rooms.database.read() as session:
+        return service.log_tail(session, rooms.settings, caller.project_id, job_id, tail_bytes)
 
 
 @router.get("/{job_id}/stream", summary="Follow a job live (server-sent events)", response_class=StreamingResponse)
 def stream_job(
     job_id: str,
     request: Request,
-    session: ReadSession,
     caller: Reader,
+    rooms: RoomsDep,
     last_event_id: Annotated[str | None, Header(max_length=64)] = None,
 ) -> Any:
     """Events (`id: <seq>`), metrics (`id: m<step>`) and progress; `Last-Event-ID` replays what was missed."""
-    service.existing(session, caller.project_id, job_id)
-    tailer: Tailer = request.app.state.tailer
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    frames = tailer.frames(job_id, *cursor(last_event_id))
-    return StreamingResponse(frames, media_type="text/event-stream", headers=headers)
+    with rooms.database.read() as session:
+        service.existing(session, caller.project_id, job_id)
+        tailer: Tailer = request.app.state.tailer
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        frames = tailer.frames(job_id, *cursor(last_event_id))
+        return StreamingResponse(frames, media_type="text/event-stream", headers=headers)
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a job", responses={202: {"model": JobOut}})
-def cancel_job(job_id: str, response: Response, session: WriteSession, caller: Submitter, rooms: RoomsDep) -> JobOut:
+def cancel_job(job_id: str, response: Response, caller: Submitter, rooms: RoomsDep) -> JobOut:
     """200: it had not started and is final now. 202: it runs and will be stopped."""
-    job, final = service.cancel(session, caller.project_id, job_id)
-    response.status_code = 200 if final else 202
-    return job
+    with rooms.database.write() as session:
+        job, final = service.cancel(session, caller.project_id, job_id)
+        response.status_code = 200 if final else 202
+        return job

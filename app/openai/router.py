@@ -5,22 +5,24 @@ from typing import Any
 from fastapi import APIRouter
 
 from app.deployments import service
-from app.deps import Reader, ReadSession
+from app.deps import Reader, RoomsDep
 from app.errors import Code, NotFound
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 
 @router.get("/models", summary="List models that can be asked")
-def list_models(session: ReadSession, caller: Reader) -> dict[str, Any]:
+def list_models(caller: Reader, rooms: RoomsDep) -> dict[str, Any]:
     """Every deployment of the project that is served or about to be."""
-    return {"object": "list", "data": service.served_models(session, caller.project_id)}
+    with rooms.database.read() as session:
+        return {"object": "list", "data": service.served_models(session, caller.project_id)}
 
 
 @router.get("/models/{model:path}", summary="Show a model")
-def get_model(model: str, session: ReadSession, caller: Reader) -> dict[str, Any]:
+def get_model(model: str, caller: Reader, rooms: RoomsDep) -> dict[str, Any]:
     """One model by its name."""
-    for entry in service.served_models(session, caller.project_id):
-        if entry["id"] == model:
-            return entry
-    raise NotFound(f"the model {model[:128]!r} does not exist", param="model", code=Code.MODEL_NOT_FOUND)
+    with rooms.database.read() as session:
+        for entry in service.served_models(session, caller.project_id):
+            if entry["id"] == model:
+                return entry
+        raise NotFound(f"the model {model[:128]!r} does not exist", param="model", code=Code.MODEL_NOT_FOUND)
