@@ -55,13 +55,13 @@ def run(spec: SleepySpec, ctx: RunContext) -> None:
     been_here = marker is not None and marker.exists()
     if marker:
         marker.write_text(str(os.getpid()))
-    if spec.mode == "once":  # hangs the first time only
-        _succeed(spec, ctx) if been_here else time.sleep(spec.seconds)
-    elif spec.mode in ("ok", "garbage", "checkpoint", "empty_output"):
+    if spec.mode in ("ok", "garbage", "checkpoint", "empty_output"):
         _succeed(spec, ctx)
     elif spec.mode == "hang":
         time.sleep(spec.seconds)
-    elif spec.mode == "saves_itself":
+    elif spec.mode == "once" and been_here:
+        _succeed(spec, ctx)
+    elif spec.mode in ("once", "saves_itself"):
         while not ctx.stop_requested():
             time.sleep(0.02)
         raise Interrupted
