@@ -98,6 +98,11 @@ class Sampling(BaseModel):
 class ChatRequest(Sampling):
     """``POST /v1/chat/completions``."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"model": "support", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}]
+        }
+    )
     dropped: ClassVar[frozenset[str]] = Sampling.dropped | {
         "service_tier",
         "safety_identifier",
@@ -137,6 +142,9 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """``POST /v1/completions``."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "support", "prompt": "Once upon a time", "max_tokens": 64}]}
+    )
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, max_length=64)]
