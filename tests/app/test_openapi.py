@@ -15,12 +15,15 @@ from app.main import create_app
 from app.settings import Settings
 
 
+def published(data_dir: Path) -> dict[str, Any]:
+    """As a client sees it."""
+    found: dict[str, Any] = json.loads(json.dumps(create_app(Settings(data_dir=data_dir)).openapi()))
+    return found
+
+
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        json.dumps(create_app(Settings(data_dir=tmp_path_factory.mktemp("d"))).openapi())
-    )
-    return found
+    return published(tmp_path_factory.mktemp("data"))
 
 
 def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,0 +1,73 @@
+"""Keys: seen once, stored as a hash, refused when revoked, expired or not quite right."""
+
+import re
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from app.db import Database
+from app.errors import Unauthorized
+from app.models import ApiKey, now
+from app.projects.service import KeyRing, create_key, first_key
+
+
+def test_a_key_is_stored_as_a_hash(database: Database, key: str) -> None:
+    assert re.fullmatch(r"ts_[0-9a-f]{12}_[\w-]{43}", key)
+    with database.read() as session:
+        row = session.scalars(select(ApiKey)).one()
+    assert key.split("_", 2)[2] not in repr(vars(row))
+    caller = KeyRing(database).check(f"Bearer {key}")
+    assert (caller.project_id, caller.key_id) == ("proj-default", row.id)
+    assert KeyRing(database).check(f"bearer  {key} ").key_id == row.id
+
+
+def test_the_first_key_is_made_once(database: Database) -> None:
+    with database.write() as session:
+        assert first_key(session) is not None
+    with database.write() as session:
+        assert first_key(session) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"revoked_at": now()}, {"expires_at": now() - timedelta(seconds=1)}],
+    ids=["revoked", "expired"],
+)
+def test_a_key_that_is_no_longer_good(database: Database, key: str, change: dict[str, Any]) -> None:
+    with database.write() as session:
+        row = session.scalars(select(ApiKey)).one()
+        for name, value in change.items():
+            setattr(row, name, value)
+    with pytest.raises(Unauthorized):
+        KeyRing(database).check(f"Bearer {key}")
+
+
+def test_a_key_that_is_good_for_a_while(database: Database, key: str) -> None:
+    with database.write() as session:
+        session.scalars(select(ApiKey)).one().expires_at = now() + timedelta(hours=1)
+    KeyRing(database).check(f"Bearer {key}")
+
+
+def test_what_is_no_key(database: Database, key: str) -> None:
+    _, key_id, secret = key.split("_", 2)
+    with database.write() as session:
+        other = create_key(session, "other")
+    mixed = f"ts_{key_id}_{other.split('_', 2)[2]}"
+    for text in (
+        "",
+        "ts_",
+        "ts__",
+        f"ts_{key_id}",
+        f"ts_{key_id}_",
+        f"tx_{key_id}_{secret}",
+        mixed,
+        key.upper(),
+        "ts_é_é",
+    ):
+        with pytest.raises(Unauthorized):
+            KeyRing(database).check(f"Bearer {text}")
+    for header in (None, "", key, f"Token {key}", f"Bearer{key}", f"Bearer {key} {key}"):
+        with pytest.raises(Unauthorized):
+            KeyRing(database).check(header)

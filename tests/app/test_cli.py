@@ -1,0 +1,128 @@
+"""The command line against a real API on a real port; what a program reads is JSON, what fails exits 1 and says why."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from typer.testing import CliRunner, Result
+
+from app.cli import app
+from app.main import create_app
+from app.settings import Settings
+from tests.support import GOOD_JSONL, wait_for
+
+
+@pytest.fixture
+def backend() -> str:
+    return "sqlite"
+
+
+@pytest.fixture
+def service(settings: Settings, key: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    config = uvicorn.Config(create_app(settings), port=0, log_level="error", timeout_graceful_shutdown=1, ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_for(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    monkeypatch.setenv("TUNESMITH_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("TUNESMITH_API_KEY", key)
+    yield
+    server.should_exit = True
+    thread.join(20)
+
+
+@pytest.fixture
+def cli(service: None) -> Callable[..., Result]:
+    def cli(*arguments: object) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return cli
+
+
+def test_submit_list_show_cancel(cli: Callable[..., Result], tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("type: sleepy\nexperiment_name: 20241201\n")
+    job = json.loads(cli("submit", spec, "--json").stdout)
+    assert (job["status"], job["experiment_name"]) == ("queued", "20241201")
+    assert json.loads(cli("jobs", "list", "--json").stdout)["data"][0]["id"] == job["id"]
+    assert job["id"] in cli("jobs", "list").stdout
+    assert json.loads(cli("jobs", "show", job["id"]).stdout) == job
+    assert "cancelled" in cli("jobs", "cancel", job["id"]).stdout
+    again = cli("jobs", "cancel", job["id"])
+    assert again.exit_code == 1
+    assert "error: the job is cancelled" in again.stderr
+    assert cli("jobs", "follow", job["id"]).exit_code == 1
+
+
+def test_a_bad_spec_says_what_and_how(cli: Callable[..., Result], tmp_path: Path) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"type": "sleepy", "secnds": 1}))
+    result = cli("submit", spec)
+    assert result.exit_code == 1
+    assert "secnds is not a field here" in result.stderr
+    assert "hint: Did you mean seconds?" in result.stderr
+
+
+def test_files(cli: Callable[..., Result], tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(GOOD_JSONL)
+    uploaded = json.loads(cli("files", "upload", path, "--json").stdout)
+    assert (uploaded["rows"], uploaded["format"]) == (1, "messages")
+    assert json.loads(cli("files", "list", "--json").stdout)["data"] == [uploaded]
+    path.write_text("{}\n")
+    result = cli("files", "upload", path)
+    assert result.exit_code == 1
+    assert "line 1" in result.stderr
+
+
+def test_train_from_a_config(cli: Callable[..., Result], tmp_path: Path, models: Path) -> None:
+    """Dataset paths are the caller's: they are uploaded. Flags override, with hyphens or underscores."""
+    (tmp_path / "data.jsonl").write_bytes(GOOD_JSONL)
+    config = tmp_path / "config.yaml"
+    block: dict[str, Any] = {"model": {"model_name_or_path": str(models / "tiny")}, "dataset": {"file": "data.jsonl"}}
+    config.write_text(json.dumps(block))
+    for flag in ("--experiment-name", "--experiment_name"):
+        result = cli("train", "--config", config, "--algorithm", "sft", flag, "mine", "--json")
+        assert result.exit_code == 0, result.stderr
+        job = json.loads(result.stdout)
+        assert (job["type"], job["algorithm"], job["experiment_name"]) == ("train", "sft", "mine")
+        assert job["spec"]["dataset"]["file"].startswith("file-")
+    config.write_text(json.dumps({**block, "dataset": {"file": "missing.jsonl"}}))
+    result = cli("train", "--config", config, "--algorithm", "sft")
+    assert result.exit_code == 1
+    assert "there is no file" in result.stderr
+    assert cli("train", "--config", tmp_path / "none.yaml").exit_code == 1
+
+
+def test_without_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_DATA_DIR", str(tmp_path))
+    result = CliRunner().invoke(app, ["jobs", "list"])
+    assert result.exit_code == 1
+    assert "no service runs on" in result.stderr
+    assert "hint: Start one with: tunesmith up" in result.stderr
+    monkeypatch.setenv("TUNESMITH_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("TUNESMITH_API_KEY", "ts_a_b")
+    result = CliRunner().invoke(app, ["jobs", "list"])
+    assert result.exit_code == 1
+    assert "does not answer" in result.stderr
+
+
+def test_a_wrong_key(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_API_KEY", "ts_wrong_key")
+    result = cli("jobs", "list")
+    assert result.exit_code == 1
+    assert "the API key is not valid" in result.stderr
+
+
+def test_migrate_checks_that_models_and_migrations_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_DATA_DIR", str(tmp_path / "data"))
+    result = CliRunner().invoke(app, ["migrate", "--check", "--json"])
+    assert json.loads(result.stdout)["checked"]
+    assert not (tmp_path / "data" / "tunesmith.db").exists()
+    assert CliRunner().invoke(app, ["migrate"]).exit_code == 0
+    assert (tmp_path / "data" / "tunesmith.db").exists()

@@ -1,0 +1,209 @@
+"""The reaper goes by what it has seen itself, with its own clock; the ringer by what waits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from app.catalog import Catalog
+from app.db import Database
+from app.jobs import repository
+from app.models import Job, new_id, now
+from app.projects.repository import ensure_default
+from app.reconciler import Reconciler, reap
+from app.settings import Settings
+
+
+class Clock:
+    """Time as the test tells it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Bell:
+    """Counts the rings."""
+
+    reachable = True
+    rings = 0
+
+    def ring(self) -> None:
+        self.rings += 1
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def bell() -> Bell:
+    return Bell()
+
+
+@pytest.fixture
+def reconciler(settings: Settings, database: Database, clock: Clock, bell: Bell) -> Reconciler:
+    settings = settings.model_copy(update={"lease_seconds": 30.0, "heartbeat_seconds": 5.0})
+    return Reconciler(settings, database, Catalog(), bell, clock)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def running(database: Database) -> Callable[..., Job]:
+    """A job that a worker holds."""
+
+    def running(**columns: Any) -> Job:
+        with database.write() as session:
+            ensure_default(session)
+            job = Job(
+                id=new_id("job"),
+                project_id="proj-default",
+                type="sleepy",
+                experiment_name="e",
+                spec={},
+                spec_sha256="",
+                resolved_spec={},
+                slot_class="light",
+                **columns,
+            )
+            repository.add(session, job)
+        with database.write() as session:
+            claimed = repository.claim(session, "w", "light-0", ["light"])
+        assert claimed is not None
+        return claimed
+
+    return running
+
+
+@pytest.fixture
+def row(database: Database) -> Callable[[Job], Job]:
+    def row(job: Job) -> Job:
+        with database.read() as session:
+            return session.get_one(Job, job.id)
+
+    return row
+
+
+def pass_time(reconciler: Reconciler, clock: Clock, seconds: int) -> None:
+    for _ in range(seconds):
+        clock.now += 1
+        reconciler.tick()
+
+
+def beat(database: Database, job: Job) -> None:
+    with database.write() as session:
+        assert repository.heartbeat(session, job.id, "w", job.fence, {})
+
+
+def test_silence_for_a_whole_lease_gives_the_job_away(
+    reconciler: Reconciler, clock: Clock, running: Any, row: Any, bell: Bell
+) -> None:
+    job = running()
+    reconciler.tick()
+    pass_time(reconciler, clock, 29)
+    assert row(job).state == "running"
+    rings = bell.rings
+    pass_time(reconciler, clock, 2)
+    reaped = row(job)
+    assert (reaped.state, reaped.fence, reaped.attempt, reaped.worker_id) == ("queued", 2, 1, None)
+    assert bell.rings > rings
+
+
+def test_a_heartbeat_begins_the_lease_anew(
+    reconciler: Reconciler, clock: Clock, running: Any, row: Any, database: Database
+) -> None:
+    job = running()
+    for _ in range(4):
+        pass_time(reconciler, clock, 25)
+        beat(database, job)
+    assert row(job).state == "running"
+    pass_time(reconciler, clock, 32)
+    assert row(job).state == "queued"
+
+
+def test_a_reaper_that_was_away_watches_anew(reconciler: Reconciler, clock: Clock, running: Any, row: Any) -> None:
+    """Suspended for an hour, it knows nothing of that hour."""
+    job = running()
+    reconciler.tick()
+    pass_time(reconciler, clock, 20)
+    clock.now += 3600
+    reconciler.tick()
+    assert row(job).state == "running"
+    pass_time(reconciler, clock, 29)
+    assert row(job).state == "running"
+    pass_time(reconciler, clock, 3)
+    assert row(job).state == "queued"
+
+
+def test_a_reaper_that_was_blind_watches_anew(
+    reconciler: Reconciler, clock: Clock, running: Any, row: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database that is away for a while causes no mass reaping: the loop clears what it watched."""
+    job = running()
+    pass_time(reconciler, clock, 25)
+
+    def away(*_: Any) -> None:
+        raise OperationalError("SELECT", {}, Exception("away"))
+
+    ticks = iter([away, None])
+    real = reconciler.tick
+
+    def tick() -> None:
+        step = next(ticks)
+        if step is not None:
+            step()
+        reconciler.stop()
+        real()
+
+    monkeypatch.setattr("app.reconciler.TICK", 0.01)
+    monkeypatch.setattr(reconciler, "tick", tick)
+    reconciler.run()
+    monkeypatch.setattr(reconciler, "tick", real)
+    pass_time(reconciler, clock, 10)
+    assert row(job).state == "running"
+
+
+def test_a_job_out_of_attempts_fails(reconciler: Reconciler, clock: Clock, running: Any, row: Any) -> None:
+    job = running(max_attempts=1)
+    pass_time(reconciler, clock, 33)
+    reaped = row(job)
+    assert (reaped.state, reaped.error_code, reaped.fence) == ("failed", "worker_lost", 2)
+    assert reaped.error_detail["hint"]
+
+
+def test_a_job_that_was_being_cancelled_is_cancelled(
+    reconciler: Reconciler, clock: Clock, running: Any, row: Any, database: Database
+) -> None:
+    job = running()
+    with database.write() as session:
+        session.get_one(Job, job.id).cancel_requested_at = now()
+    pass_time(reconciler, clock, 33)
+    assert row(job).state == "cancelled"
+
+
+def test_a_beat_between_the_look_and_the_deed_saves_the_job(running: Any, row: Any, database: Database) -> None:
+    job = running()
+    with database.read() as session:
+        seen = session.get_one(Job, job.id)
+    beat(database, job)
+    with database.write() as session:
+        assert not reap(session, seen)
+    assert row(job).state == "running"
+
+
+def test_the_bell_rings_again_while_a_job_waits(
+    reconciler: Reconciler, clock: Clock, bell: Bell, running: Any, database: Database
+) -> None:
+    pass_time(reconciler, clock, 20)
+    assert bell.rings == 0
+    job = running()
+    with database.write() as session:
+        reap(session, session.get_one(Job, job.id))
+    pass_time(reconciler, clock, 20)
+    assert 3 <= bell.rings <= 5
