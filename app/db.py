@@ -12,10 +12,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, DateTime, Dialect, Engine, create_engine, event
+from sqlalchemy.exc import TimeoutError as DatabaseTimeout
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeDecorator
-
-from app.errors import Unavailable
 
 # 3.7.0–3.51.2 have the WAL-reset race that can lose commits, except these two patched lines.
 _WAL_SAFE = (3, 51, 3)
@@ -62,7 +61,7 @@ class Database:
     def write(self) -> Iterator[Session]:
         """A session that commits when the block ends well; then runs what ``after_commit`` was given.
 
-        Raises Unavailable when other writers of this process keep SQLite busy. Never open one inside another.
+        Raises DatabaseTimeout when other writers of this process keep SQLite busy. Never open one inside another.
         """
         with self._turn(), Session(self._writer, expire_on_commit=False) as session:
             yield session
@@ -77,7 +76,7 @@ class Database:
             yield
             return
         if not self._writers.acquire(timeout=_PATIENCE):
-            raise Unavailable("the database is busy with other writes", retry_after=2)
+            raise DatabaseTimeout("the database is busy with other writes of this process")
         try:
             yield
         finally:

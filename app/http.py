@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as DatabaseTimeout
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -127,6 +128,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(OperationalError, _database)
+    app.add_exception_handler(DatabaseTimeout, _database)
     app.add_exception_handler(IntegrityError, _integrity)
     app.add_exception_handler(Exception, _unexpected)
 
@@ -196,9 +198,10 @@ def _with_headers(response: JSONResponse, headers: Mapping[str, str]) -> JSONRes
 
 
 async def _database(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, OperationalError)
-    log.warning("database: %s", error.orig)
-    if isinstance(error.orig, sqlite3.OperationalError) and "full" in str(error.orig):
+    """Busy, away or full. SQLAlchemy's own time-out is that of the pool and of the queue of SQLite's writers."""
+    cause = error.orig if isinstance(error, OperationalError) else error
+    log.warning("database: %s", cause)
+    if isinstance(cause, sqlite3.OperationalError) and "full" in str(cause):
         problem: AppError = Unavailable("the disk is full", retry_after=30, code=Code.DISK_FULL)
         problem.status = 507
         return answer(problem)

@@ -204,12 +204,13 @@ def reap(session: Session, job: Job, why: str = "Its worker fell silent") -> boo
     fence = {"fence": Job.fence + 1, "phase": None}
     if job.cancel_requested_at is not None:
         move = Move(JobState.CANCELLED, "job_cancelled", f"{why}.", "warn", values=fence)
-    elif job.attempt >= job.max_attempts:
+    elif repository.attempts_spent(job):
         detail = {"message": f"{why[0].lower()}{why[1:]} each time", "hint": "Look at the worker's machine."}
         values = {**fence, "error_code": "worker_lost", "error_detail": detail}
         move = Move(JobState.FAILED, "worker_lost", f"{why} once too often.", "error", values=values)
     else:
-        move = Move(JobState.QUEUED, "worker_lost", f"{why}; the job runs again.", "warn", values=fence)
+        values = {**fence, **repository.back_in_queue(job)}
+        move = Move(JobState.QUEUED, "worker_lost", f"{why}; the job runs again.", "warn", values=values)
     moved = repository.transition(session, job.id, JobState.RUNNING, move, *guards)
     if moved and job.type == "serve" and job.deployment_id:
         to = DeploymentState.STOPPED if job.cancel_requested_at else DeploymentState.QUEUED

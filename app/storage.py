@@ -16,6 +16,7 @@ from typing import Any
 from app.errors import Code, RunError
 
 MANIFEST = "MANIFEST.json"
+COMPLETE = "COMPLETE.json"
 _CHUNK = 4 << 20
 
 
@@ -76,13 +77,32 @@ class Storage:
         """Names of files that are missing or differ from the manifest."""
         folder = self.artifact_dir(artifact_id)
         entries = json.loads((folder / MANIFEST).read_bytes())["files"]
-        return [
-            name
-            for name, entry in entries.items()
-            if not (folder / name).is_file()
-            or (folder / name).stat().st_size != entry["bytes"]
-            or sha256_of(folder / name) != entry["sha256"]
-        ]
+        return [name for name, entry in entries.items() if not _is_whole(folder / name, entry)]
+
+    @staticmethod
+    def commit_checkpoint(folder: Path, step: int) -> int:
+        """Makes a checkpoint durable and says so in COMPLETE.json, written last. Returns its size in bytes."""
+        entries: dict[str, dict[str, Any]] = {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash_and_sync(path)}
+            for path in _regular_files(folder)
+            if path.name != COMPLETE
+        }
+        for inner in (path for path in folder.rglob("*") if path.is_dir()):
+            sync_dir(inner)
+        sync_dir(folder)
+        write_private(folder / COMPLETE, json.dumps({"step": step, "files": entries}, sort_keys=True).encode())
+        sync_dir(folder)
+        sync_dir(folder.parent)
+        return sum(entry["bytes"] for entry in entries.values())
+
+    @staticmethod
+    def checkpoint_faults(folder: Path) -> list[str]:
+        """What keeps a checkpoint from being resumed; empty when every byte is as it was committed."""
+        try:
+            entries = json.loads((folder / COMPLETE).read_bytes())["files"]
+            return [name for name, entry in entries.items() if not _is_whole(folder / name, entry)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return [COMPLETE]
 
     def free_bytes(self) -> int:
         """Room left for new work."""
@@ -129,6 +149,10 @@ def _hash_and_sync(path: Path) -> str:
             digest.update(chunk)
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def _is_whole(path: Path, entry: Mapping[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == entry["bytes"] and bool(sha256_of(path) == entry["sha256"])
 
 
 def _regular_files(folder: Path) -> Iterator[Path]:

@@ -4,12 +4,14 @@ import json
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from app.catalog import ArtifactKind, Catalog
 from app.errors import Code, RunError
+from app.storage import Storage
 from workers.journal import Journal, finite
 
 ATTEMPT = "attempt.json"
@@ -46,6 +48,8 @@ class JobContext:
         self._inputs: dict[str, dict[str, Any]] = attempt["inputs"]
         self._journal = Journal(attempt_dir / EVENTS)
         self._stop = threading.Event()
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._committing: Future[None] | None = None
         self._last_progress = 0.0
         self.work_dir.mkdir(exist_ok=True)
         self.checkpoint_dir.mkdir(exist_ok=True)
@@ -111,9 +115,19 @@ class JobContext:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
 
     def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float]) -> None:
-        """See RunContext."""
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        """See RunContext. Hashing and fsync run in a thread; one checkpoint at a time."""
+        self.settle()
         numbers = {name: finite(value) for name, value in metrics.items()}
+        self._committing = self._committer.submit(self._commit, path, step, numbers)
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that is being committed. Raises what went wrong with it."""
+        if self._committing is not None:
+            committing, self._committing = self._committing, None
+            committing.result()
+
+    def _commit(self, path: Path, step: int, numbers: Mapping[str, float | None]) -> None:
+        size = Storage.commit_checkpoint(path, step)
         self._journal.write("checkpoint", path=str(path), step=step, bytes=size, metrics=numbers)
 
     def resolved(self, path: str, value: Any) -> None:

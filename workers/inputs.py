@@ -1,5 +1,7 @@
 """From a job's row to ``attempt.json``: its references followed to folders, as they are at this moment."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -8,7 +10,7 @@ from sqlalchemy.orm import Session
 from app.artifacts import references
 from app.catalog import Catalog
 from app.errors import AppError, Code, RunError
-from app.models import Job
+from app.models import Checkpoint, Job
 from app.settings import Settings
 from app.storage import Storage
 
@@ -44,6 +46,18 @@ def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Jo
         "inputs": inputs,
         "packages": list(settings.packages),
     }
+
+
+def resume_point(storage: Storage, checkpoints: Sequence[Checkpoint]) -> tuple[Path | None, list[tuple[int, str]]]:
+    """The newest checkpoint whose every byte verifies, and those that do not: ``(step, file)``. Reads them whole."""
+    rejected: list[tuple[int, str]] = []
+    for checkpoint in checkpoints:
+        folder = storage.root / checkpoint.path
+        faults = storage.checkpoint_faults(folder)
+        if not faults:
+            return folder, rejected
+        rejected.append((checkpoint.step, faults[0]))
+    return None, rejected
 
 
 def follow_model(session: Session, settings: Settings, job: Job, value: str, param: str) -> references.Resolved:

@@ -175,14 +175,21 @@ class Ledger:
             return self._leave(session, move, Job.cancel_requested_at.is_(None))
 
     def requeue(
-        self, code: str, message: str, *, delay: float = 0.0, give_back: bool = False, exit_code: int | None = None
+        self,
+        code: str,
+        message: str,
+        *,
+        delay: float = 0.0,
+        give_back: bool = False,
+        exit_code: int | None = None,
+        broken_off: Job | None = None,
     ) -> bool:
         """T7: another attempt, later. ``give_back`` leaves the attempt unspent."""
         values: dict[str, Any] = {
             "delay_seconds": delay,
             "not_before": now() + timedelta(seconds=delay) if delay else None,
-            "phase": None,
             "exit_code": exit_code,
+            **repository.back_in_queue(broken_off),
         }
         if give_back:
             values["attempt"] = Job.attempt - 1
@@ -203,9 +210,12 @@ class Ledger:
 
     def crashed(self, exit_code: int, reason: str, log_tail: str) -> bool:
         """A child that died without a word: again after a pause, or final when the attempts are spent."""
-        if self.job.attempt < self.job.max_attempts:
-            delay = 5.0 * 2 ** (self.job.attempt - 1)
-            return self.requeue("runner_killed", f"{reason} Trying again.", delay=delay, exit_code=exit_code)
+        with self._database.read() as session:
+            job = session.get_one(Job, self.job.id)  # with the checkpoints of this attempt
+        if not repository.attempts_spent(job):
+            delay = 5.0 * 2 ** (repository.next_count(job) - 1) if repository.next_count(job) else 0.0
+            message = f"{reason} Trying again."
+            return self.requeue("runner_killed", message, delay=delay, exit_code=exit_code, broken_off=job)
         code = Code.KILLED if exit_code < 0 else Code.CRASHED
         hint = f"The end of its log: {log_tail[-1500:]}" if log_tail else "Its log is empty."
         return self.fail(RunError(code, f"{reason} {self.job.max_attempts} attempts were made.", hint=hint), exit_code)

@@ -50,7 +50,9 @@ def main() -> int:
             catalog.recipes[attempt["algorithm"]] if attempt["type"] == "train" else catalog.operations[attempt["type"]]
         )
         plug.run(spec, context)
+        context.settle()
     except Interrupted:
+        context.settle()
         return states.EXIT_CHECKPOINTED
     except RunError as error:
         return _failed(folder, error, context)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from app import states
 from app.catalog import Catalog
 from app.db import Database
 from app.errors import Code, RunError
-from app.models import Job, new_id
+from app.jobs import repository
+from app.models import Checkpoint, Job, new_id
 from app.processes import LIFE_FD, TOKEN, exited, kill_ladder
 from app.queue import AnyDoorbell
 from app.settings import Settings
 from app.storage import Storage, write_private
 from workers.context import ATTEMPT, EVENTS, LOG, RESULT
-from workers.inputs import attempt_file
+from workers.inputs import attempt_file, resume_point
 from workers.journal import Tail
 from workers.ledger import Finished, Flags, Ledger, Line
 
@@ -148,6 +149,8 @@ class Supervision:
         try:
             with self.house.database.read() as session:
                 attempt = attempt_file(session, self.house.settings, self.house.catalog, self.job)
+                checkpoints = repository.checkpoints(session, self.job.id)
+            attempt["resume_from"] = self._resume_from(checkpoints)
             child = self.spawn("workers.runner", attempt)
         except RunError as error:
             self.ledger.fail(error)
@@ -159,6 +162,22 @@ class Supervision:
             raise
         finally:
             child.close()
+
+    def _resume_from(self, checkpoints: Sequence[Checkpoint]) -> str | None:
+        """Where the run goes on, said in its history."""
+        if not checkpoints:
+            return None
+        with self._beating():
+            folder, rejected = resume_point(self.house.storage, checkpoints)
+        with self.house.database.write() as session:
+            for step, name in rejected:
+                message = f"The checkpoint at step {step} is damaged ({name}); an older one is taken."
+                self.ledger.note(session, "checkpoint_rejected", message, "warn", {"step": step, "file": name})
+            if folder is not None:
+                self.ledger.note(
+                    session, "job_restarted", f"Goes on from {folder.name}.", "info", {"from": folder.name}
+                )
+        return str(folder) if folder is not None else None
 
     def spawn(self, module: str, attempt: Mapping[str, Any]) -> Child:
         """Writes ``attempt.json`` and starts the child. Raises RunError when the disk refuses."""
@@ -208,7 +227,7 @@ class Supervision:
             if flags.cancel:
                 child.end(_CANCEL_GRACE if stop_grace is None else stop_grace)
                 return flags
-            if self.house.stopping.is_set():
+            if self.house.stopping.is_set() or flags.pause:
                 if asked_at is None:
                     asked_at = now
                     child.ask_to_stop()
@@ -223,11 +242,11 @@ class Supervision:
         if flags.cancel:
             self.ledger.cancelled()
         else:
-            self._conclude(child, status)
+            self._conclude(child, status, paused=flags.pause)
             # A cancellation that came after the last beat: every other way out of RUNNING refuses it.
             self.ledger.cancelled()
 
-    def _conclude(self, child: Child, status: int) -> None:
+    def _conclude(self, child: Child, status: int, *, paused: bool) -> None:
         result = _result(self.folder)
         if result is not None and result.get("status") == "ok":
             try:
@@ -239,6 +258,8 @@ class Supervision:
                 self.ledger.fail(RunError(Code.STORAGE_ERROR, f"the result cannot be stored: {error}"), status)
         elif result is not None:
             self.ledger.fail(_error_of(result), status, result.get("result"))
+        elif paused:
+            self.ledger.requeue("job_paused", "On hold; resume puts it back.", give_back=True, exit_code=status)
         elif status == states.EXIT_CHECKPOINTED or self.house.stopping.is_set():
             self.ledger.requeue(
                 "job_interrupted", "The worker is stopping; the job runs again.", give_back=True, exit_code=status

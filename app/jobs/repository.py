@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from app.models import Artifact, Checkpoint, Job, JobDependency, JobEvent, Metric, Slot, new_id, now
 from app.states import JOB_MOVES, TERMINAL, JobState
+
+HARD_CAP = 50
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def claim(
         "slot_id": slot_id,
         "started_at": func.coalesce(Job.started_at, at),
         "hold_reason": None,
+        "prev_attempt_step": Job.ckpt_step,
     }
     move = Move(JobState.RUNNING, "job_started", f"Running on {slot_id}.", data={"slot": slot_id}, values=values)
     if not transition(session, job_id, JobState.QUEUED, move, Job.blocked_by == 0, Job.paused_at.is_(None)):
@@ -126,6 +129,27 @@ def transition(session: Session, job_id: str, origin: JobState, move: Move, *gua
 def held_by(worker_id: str, fence: int) -> tuple[ColumnElement[bool], ...]:
     """The guard of everything that a worker does to a job it runs: still its own, same attempt."""
     return (Job.worker_id == worker_id, Job.fence == fence)
+
+
+def attempts_spent(job: Job) -> bool:
+    """Whether a job that broke off has had its chances: attempts in a row without a newer checkpoint, or 50 in all."""
+    stuck = job.ckpt_step <= job.prev_attempt_step and job.attempt >= job.max_attempts
+    return stuck or (job.type != "serve" and job.fence >= HARD_CAP)
+
+
+def back_in_queue(job: Job | None = None) -> dict[str, Any]:
+    """Columns of a requeue: a pause that was asked for comes true; of a broken-off ``job`` the counter is set too."""
+    values: dict[str, Any] = {
+        "phase": None,
+        "paused_at": case((Job.pause_requested_at.is_not(None), now())),
+        "pause_requested_at": None,
+    }
+    return values if job is None else {**values, "attempt": next_count(job)}
+
+
+def next_count(job: Job) -> int:
+    """The attempt counter after an attempt that broke off: one that left a newer checkpoint starts the count anew."""
+    return 0 if job.ckpt_step > job.prev_attempt_step else job.attempt
 
 
 def heartbeat(session: Session, job_id: str, worker_id: str, fence: int, values: dict[str, Any]) -> Job | None:

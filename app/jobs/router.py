@@ -8,10 +8,10 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from app.db import after_commit
 from app.deps import After, Limit, Reader, RoomsDep, Submitter
-from app.jobs import service
+from app.jobs import controls, service
 from app.jobs.examples import BODY
 from app.jobs.intake import Intake, read_spec
-from app.jobs.schemas import CheckpointOut, EventOut, JobOut, StepMetrics
+from app.jobs.schemas import CheckpointOut, EventOut, JobOut, JobPatch, StepMetrics
 from app.jobs.stream import Tailer, cursor
 from app.paging import Page
 
@@ -138,6 +138,39 @@ def stream_job(
 def cancel_job(job_id: str, response: Response, caller: Submitter, rooms: RoomsDep) -> JobOut:
     """200: it had not started and is final now. 202: it runs and will be stopped."""
     with rooms.database.write() as session:
-        job, final = service.cancel(session, caller.project_id, job_id)
+        job, final = controls.cancel(session, caller.project_id, job_id)
         response.status_code = 200 if final else 202
         return job
+
+
+@router.post("/{job_id}/pause", summary="Put a job on hold", responses={202: {"model": JobOut}})
+def pause_job(job_id: str, response: Response, caller: Submitter, rooms: RoomsDep) -> JobOut:
+    """200: it waits on hold. 202: it runs, saves a checkpoint, frees its slot and keeps its place."""
+    with rooms.database.write() as session:
+        job, held = controls.pause(session, caller.project_id, job_id)
+    response.status_code = 200 if held else 202
+    return job
+
+
+@router.post("/{job_id}/resume", summary="Take a job off hold")
+def resume_job(job_id: str, caller: Submitter, rooms: RoomsDep) -> JobOut:
+    """Goes on from its last checkpoint."""
+    with rooms.database.write() as session:
+        after_commit(session, rooms.doorbell.ring)
+        return controls.resume(session, caller.project_id, job_id)
+
+
+@router.post("/{job_id}/retry", status_code=201, summary="Run a failed job again as a new one")
+def retry_job(job_id: str, caller: Submitter, rooms: RoomsDep) -> JobOut:
+    """A new job with the same spec and `retry_of`; its follow-ups are made anew too."""
+    with rooms.database.write() as session:
+        after_commit(session, rooms.doorbell.ring)
+        submission = service.Submission(session, rooms.settings, rooms.catalog, caller)
+        return controls.retry(session, caller.project_id, job_id, submission.again)
+
+
+@router.patch("/{job_id}", summary="Move a queued job in the queue")
+def patch_job(job_id: str, body: JobPatch, caller: Submitter, rooms: RoomsDep) -> JobOut:
+    """Higher first."""
+    with rooms.database.write() as session:
+        return controls.reprioritise(session, caller.project_id, job_id, body.priority)

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.models import Checkpoint, Job, JobEvent, Metric
 from app.states import JobState
@@ -93,6 +93,13 @@ class JobOut(BaseModel):
             metadata=row.labels,
             priority=row.priority,
         )
+
+
+class JobPatch(BaseModel):
+    """What can be changed of a queued job."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"priority": 10}]})
+    priority: int = Field(ge=-100, le=100, description="Higher first.")
 
 
 class EventOut(BaseModel):

@@ -1,4 +1,4 @@
-"""What can be done with jobs: submit, show, list, cancel."""
+"""What can be done with jobs: submit, show, list. What can be done *to* one: ``controls``."""
 
 import hashlib
 import json
@@ -56,6 +56,15 @@ class Submission:
             self._follow_ups(intake.spec, job)
         return show(self._session, self._caller.project_id, job.id)
 
+    def again(self, job: Job) -> JobOut:
+        """The same spec as a new job, with its follow-ups."""
+        check_disk(self._settings)
+        intake = validate_spec({**job.spec, "experiment_name": job.experiment_name}, self._catalog)
+        made = self._add(intake.spec, job.spec, [], retry_of=job.id)
+        if isinstance(intake.spec, TrainSpec):
+            self._follow_ups(intake.spec, made)
+        return show(self._session, self._caller.project_id, made.id)
+
     def _earlier(self, idempotency_key: str | None, fingerprint: str) -> JobOut | None:
         """The job that this key made already. Raises IdempotencyKeyReused when its body was another."""
         if idempotency_key is None:
@@ -92,6 +101,7 @@ class Submission:
         parents: list[str],
         *,
         idem: tuple[str | None, str] = (None, ""),
+        retry_of: str | None = None,
     ) -> Job:
         algorithm = spec.algorithm if isinstance(spec, TrainSpec) else None
         resolved = spec.model_dump(mode="json")
@@ -113,6 +123,7 @@ class Submission:
             labels=spec.metadata,
             idem_key=idem[0],
             idem_sha256=idem[1] or None,
+            retry_of=retry_of,
         )
         repository.add(self._session, job, sorted({*parents, *waits}))
         return job
@@ -266,28 +277,6 @@ def log_tail(session: Session, settings: Settings, project_id: str, job_id: str,
             return file.read(tail_bytes).decode("utf-8", "replace")
     except FileNotFoundError:
         return ""
-
-
-def cancel(session: Session, project_id: str, job_id: str) -> tuple[JobOut, bool]:
-    """T9 or T10. Returns the job, and True when it is already final. Raises Conflict for a finished job."""
-    job = existing(session, project_id, job_id)
-    queued = Move(JobState.CANCELLED, "job_cancelled", "Cancelled before it ran.", "warn")
-    if repository.transition(session, job_id, JobState.QUEUED, queued):
-        return show(session, project_id, job_id), True
-    asked = Move(
-        JobState.RUNNING,
-        "cancel_requested",
-        "Cancellation was asked for.",
-        "warn",
-        values={"cancel_requested_at": now()},
-    )
-    repository.note(session, job_id, asked, Job.state == JobState.RUNNING, Job.cancel_requested_at.is_(None))
-    session.refresh(job)
-    if JobState(job.state).terminal:
-        raise Conflict(
-            f"the job is {job.state} and cannot be cancelled", param="job_id", hint="A finished job stays as it is."
-        )
-    return show(session, project_id, job_id), False
 
 
 def existing(session: Session, project_id: str, job_id: str, param: str = "job_id") -> Job:
