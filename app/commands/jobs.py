@@ -154,6 +154,28 @@ def logs(job_id: str, tail_bytes: int = 65536) -> None:
 @group.command()
 def cancel(job_id: str) -> None:
     """Cancels a job."""
+    _control(job_id, "cancel")
+
+
+@group.command()
+def pause(job_id: str) -> None:
+    """Puts a job on hold; one that runs saves a checkpoint first."""
+    _control(job_id, "pause")
+
+
+@group.command()
+def resume(job_id: str) -> None:
+    """Takes a job off hold; it goes on from its last checkpoint."""
+    _control(job_id, "resume")
+
+
+@group.command()
+def retry(job_id: str) -> None:
+    """Runs a failed or cancelled job again, as a new one."""
+    _control(job_id, "retry")
+
+
+def _control(job_id: str, verb: str) -> None:
     with service() as client:
-        job = client.call("POST", f"/jobs/{job_id}/cancel")
-    out.print(f"{job_id} is {job['status']}", markup=False)
+        job = client.call("POST", f"/jobs/{job_id}/{verb}")
+    out.print(f"{job['id']} is {job['status']}", markup=False)
