@@ -69,6 +69,7 @@ class Code(StrEnum):
     STORAGE_ERROR = "storage_error"
     DEPENDENCY_FAILED = "dependency_failed"
     START_TIMEOUT = "start_timeout"
+    NO_CAPACITY = "no_capacity"
     ENGINE_CRASH_LOOP = "engine_crash_loop"
     ENGINE_MISSING = "engine_missing"
 

@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
-from sqlalchemy import or_, select
+from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -19,9 +20,9 @@ from app.db import Database, after_commit
 from app.deployments import repository as deployments
 from app.deployments import service
 from app.errors import AppError
-from app.jobs import repository
+from app.jobs import capacity, repository
 from app.jobs.repository import Move
-from app.models import Deployment, Job
+from app.models import Deployment, Job, now
 from app.queue import AnyDoorbell
 from app.settings import Settings
 from app.specs import DeploySpec
@@ -62,6 +63,7 @@ class Reconciler(threading.Thread):
         self._watched: dict[str, Watch] = {}
         self._last_reap: float | None = None
         self._next_ring = 0.0
+        self._next_hold = 0.0
 
     def run(self) -> None:
         """Until ``stop``."""
@@ -84,6 +86,7 @@ class Reconciler(threading.Thread):
         """One round of every step."""
         self._ring()
         self._reap()
+        self._hold()
         self._deploy()
 
     def _ring(self) -> None:
@@ -119,6 +122,21 @@ class Reconciler(threading.Thread):
                     after_commit(session, self._doorbell.ring)
                     reap(session, job)
         self._watched = seen
+
+    def _hold(self) -> None:
+        """T12: says of waiting jobs that no worker has a slot for them; settles deployments whose job is final."""
+        if self._monotonic() < self._next_hold:
+            return
+        self._next_hold = self._monotonic() + self._settings.heartbeat_seconds
+        recent = now() - timedelta(seconds=3 * self._settings.lease_seconds)
+        with self._database.read() as session:
+            classes = capacity.living_classes(session, recent)
+            wrong = capacity.wrongly_held(session, classes)
+            orphans = service.has_orphans(session)
+        if wrong or orphans:
+            with self._database.write() as session:
+                capacity.hold_without_capacity(session, classes)
+                service.settle_orphans(session)
 
     def _deploy(self) -> None:
         """Deploy jobs compute nothing, so no slot runs them: this step makes their deployment and watches it."""
@@ -160,6 +178,9 @@ class Reconciler(threading.Thread):
                         deployment_id = row.id
                 except AppError as error:
                     _fail(session, job, str(error.code), error.message, error.hint)
+                except (OSError, ValueError) as error:  # one model that cannot be read must not hold up the others
+                    log.exception("deploy job %s cannot start", job.id)
+                    _fail(session, job, "model_invalid", f"the model cannot be read: {error}", None)
                 else:
                     session.get_one(Job, job.id).deployment_id = deployment_id
 
@@ -187,9 +208,26 @@ class Reconciler(threading.Thread):
                     result = {"deployment_id": row.id, "name": row.name, "endpoint": f"{self._settings.base_url}/v1"}
                     move = Move(JobState.SUCCEEDED, "job_complete", f"{row.name} answers.", values={"result": result})
                     repository.transition(session, job.id, JobState.RUNNING, move, Job.fence == job.fence)
+                elif self._waited_in_vain(session, row):
+                    service.stop(session, row.project_id, row.id)
+                    message = f"no worker had a slot for an engine within {row.options['start_timeout']} s"
+                    _fail(
+                        session,
+                        job,
+                        "no_capacity",
+                        message,
+                        "GET /jobs shows what holds the slots; see TUNESMITH_SLOTS.",
+                    )
                 elif row.status in (DeploymentState.FAILED, DeploymentState.STOPPED):
                     error = row.last_error or {"code": "engine_error", "message": f"the deployment is {row.status}"}
                     _fail(session, job, str(error["code"]), str(error["message"]), error.get("hint"))
+
+    def _waited_in_vain(self, session: Session, row: Deployment) -> bool:
+        """Whether an engine has had no place to start for as long as a start may take."""
+        if row.status != DeploymentState.QUEUED or row.restarts:
+            return False
+        waited: float = (now() - row.created_at).total_seconds()
+        return waited > float(row.options["start_timeout"])
 
 
 def _fail(session: Session, job: Job, code: str, message: str, hint: str | None) -> None:
@@ -200,8 +238,10 @@ def _fail(session: Session, job: Job, code: str, message: str, hint: str | None)
 
 def reap(session: Session, job: Job, why: str = "Its worker fell silent") -> bool:
     """T8 (and T19, by a new owner of its slot) on the row as it was seen; False when it has moved since."""
-    guards = (Job.fence == job.fence, Job.hb_seq == job.hb_seq)
+    guards: tuple[ColumnElement[bool], ...] = (Job.fence == job.fence, Job.hb_seq == job.hb_seq)
     fence = {"fence": Job.fence + 1, "phase": None}
+    if job.cancel_requested_at is None:
+        guards = (*guards, Job.cancel_requested_at.is_(None))  # asked for since: the next round sees it
     if job.cancel_requested_at is not None:
         move = Move(JobState.CANCELLED, "job_cancelled", f"{why}.", "warn", values=fence)
     elif repository.attempts_spent(job):
@@ -213,6 +253,7 @@ def reap(session: Session, job: Job, why: str = "Its worker fell silent") -> boo
         move = Move(JobState.QUEUED, "worker_lost", f"{why}; the job runs again.", "warn", values=values)
     moved = repository.transition(session, job.id, JobState.RUNNING, move, *guards)
     if moved and job.type == "serve" and job.deployment_id:
-        to = DeploymentState.STOPPED if job.cancel_requested_at else DeploymentState.QUEUED
+        left = {JobState.CANCELLED: DeploymentState.STOPPED, JobState.FAILED: DeploymentState.FAILED}
+        to = left.get(move.to, DeploymentState.QUEUED)
         deployments.transition(session, job.deployment_id, to, replica=job.id, socket=None)
     return moved

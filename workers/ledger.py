@@ -11,7 +11,9 @@ from typing import Any
 
 from sqlalchemy import Insert
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from app.artifacts import repository as artifacts
 from app.artifacts import view
@@ -26,6 +28,7 @@ from app.storage import Published, Storage
 
 Line = dict[str, Any]
 _LEVELS = ("info", "warn", "error")
+_METRIC_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,16 @@ class Finished:
     name: str
     facts: dict[str, Any]
     published: Published
+
+
+# The way out of RUNNING is worth waiting for: while nobody can write, nobody can reap either. A name and version that
+# another job took at the same moment are settled by trying again.
+persistent = retry(
+    retry=retry_if_exception_type(SQLAlchemyError),
+    wait=wait_exponential_jitter(multiplier=0.2, max=5),
+    stop=stop_after_delay(300),
+    reraise=True,
+)
 
 
 class Ledger:
@@ -108,7 +121,8 @@ class Ledger:
             return
         relative = str(path.relative_to(self._storage.root))
         for old in repository.checkpoints(session, self.job.id):
-            if old.step == step:  # an attempt that starts over reaches the same step again
+            # An attempt that starts over reaches the same step again; and the run rotates its oldest away.
+            if old.step == step or not (self._storage.root / old.path).is_dir():
                 session.delete(old)
         session.flush()
         session.add(
@@ -129,6 +143,7 @@ class Ledger:
         """An event of this attempt."""
         return repository.note(session, self.job.id, Move(JobState.RUNNING, code, message, level, data), *self._mine)
 
+    @persistent
     def succeed(self, result: dict[str, Any], finished: Sequence[Finished]) -> bool:
         """T5 with the artifact rows; never after a cancellation was asked for."""
         with self._database.write() as session:
@@ -161,6 +176,7 @@ class Ledger:
             view.refresh_job(self._database, self._storage, self.job.id)
         return moved
 
+    @persistent
     def fail(self, error: RunError, exit_code: int | None = None, result: dict[str, Any] | None = None) -> bool:
         """T6: final, with what the user can do about it, and what the run had found out by then."""
         detail = {"message": error.message[:4000], "hint": error.hint, "param": error.param}
@@ -174,6 +190,7 @@ class Ledger:
         with self._database.write() as session:
             return self._leave(session, move, Job.cancel_requested_at.is_(None))
 
+    @persistent
     def requeue(
         self,
         code: str,
@@ -198,6 +215,7 @@ class Ledger:
             after_commit(session, self._doorbell.ring)
             return self._leave(session, move, Job.cancel_requested_at.is_(None))
 
+    @persistent
     def cancelled(self, message: str = "The run was stopped.") -> bool:
         """T11: what was asked for came true."""
         move = Move(JobState.CANCELLED, "job_cancelled", message, "warn")
@@ -233,17 +251,20 @@ def _patched(spec: dict[str, Any], line: Line) -> dict[str, Any]:
     place = copy
     for step in parents:
         inner = place.get(step)
-        place[step] = dict(inner) if isinstance(inner, dict) else {}
+        if not isinstance(inner, dict):
+            return spec  # the spec has no such place, and must stay one that can be read again
+        place[step] = dict(inner)
         place = place[step]
     place[last] = line.get("value")
     return copy
 
 
 def _upsert_metrics(session: Session, rows: list[dict[str, Any]]) -> None:
-    unique = {(row["step"], row["name"]): row for row in rows}
+    unique = list({(row["step"], row["name"]): row for row in rows}.values())
     insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    statement: Any = insert(Metric).values(list(unique.values()))
-    upsert: Insert = statement.on_conflict_do_update(
-        index_elements=["job_id", "step", "name"], set_={"value": statement.excluded.value}
-    )
-    session.execute(upsert)
+    for start in range(0, len(unique), _METRIC_ROWS):  # a statement holds a limited number of values
+        statement: Any = insert(Metric).values(unique[start : start + _METRIC_ROWS])
+        upsert: Insert = statement.on_conflict_do_update(
+            index_elements=["job_id", "step", "name"], set_={"value": statement.excluded.value}
+        )
+        session.execute(upsert)

@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from app.artifacts.inspect import read_json
 from app.catalog import EngineLaunch
 from app.deployments import repository
@@ -15,7 +13,7 @@ from app.models import Deployment, now
 from app.specs import DeploymentOptions, ServeSpec
 from app.states import DeploymentState
 from workers.inputs import follow_model
-from workers.ledger import Flags, Line
+from workers.ledger import Flags, Line, persistent
 from workers.supervisor import Child, Supervision
 
 BACKOFF = (1.0, 5.0, 15.0, 60.0)
@@ -37,15 +35,19 @@ class ReplicaSupervision(Supervision):
             self.ledger.fail(RunError(Code.WRONG_STATE, "the deployment is stopped"))
             return
         try:
-            launch = self._launch(spec)
+            with self.beating():  # hashing a large model takes longer than a lease
+                launch = self._launch(spec)
             engine = self.house.catalog.engines[spec.engine]
             child = self.spawn("workers.replica", _attempt(spec, launch, engine.argv(launch), engine.env(launch)))
         except RunError as error:
             self._give_up(spec, error)
             return
-        flags = self.listen(child, lambda lines: self._hear(spec, launch, lines), stop_grace=GRACE_SECONDS + 5)
         try:
+            flags = self.listen(child, lambda lines: self._hear(spec, launch, lines), stop_grace=GRACE_SECONDS + 5)
             self._settle_replica(spec, child, flags)
+        except BaseException:
+            child.end(0)  # whatever went wrong here, no engine serves on unwatched
+            raise
         finally:
             child.close()
 
@@ -88,7 +90,10 @@ class ReplicaSupervision(Supervision):
         except AppError as error:
             raise RunError(Code.MODEL_INVALID, error.message, hint=error.hint, param="model") from error
         if artifact_id is not None:
-            differing = self.house.storage.verify(artifact_id)
+            try:
+                differing = self.house.storage.verify(artifact_id)
+            except (OSError, ValueError, KeyError) as error:
+                differing = [f"MANIFEST.json ({error})"]
             if differing:
                 raise RunError(
                     Code.MODEL_INVALID,
@@ -100,23 +105,22 @@ class ReplicaSupervision(Supervision):
         for line in lines:
             if line["kind"] != "status":
                 continue
-            try:
-                if line.get("status") == "ready":
-                    self._ready_since = self._ready_since or time.monotonic()
-                    self._move(DeploymentState.READY, spec, socket=str(launch.socket), ready_at=now())
-                    self._note("engine_ready", f"The engine answers, {line.get('seconds')} s after its start.", "info")
-                elif line.get("status") == "unhealthy":
-                    self._move(DeploymentState.UNHEALTHY, spec)
-                    self._note("engine_unhealthy", "The engine did not answer a probe.", "warn")
-                elif line.get("status") == "failed":
-                    self._failure = line
-            except SQLAlchemyError:
-                continue  # the next probe, or the next status, says it again
+            if line.get("status") == "ready":
+                self._ready_since = self._ready_since or time.monotonic()
+                self._move(DeploymentState.READY, spec, socket=str(launch.socket), ready_at=now())
+                self._note("engine_ready", f"The engine answers, {line.get('seconds')} s after its start.", "info")
+            elif line.get("status") == "unhealthy":
+                self._move(DeploymentState.UNHEALTHY, spec)
+                self._note("engine_unhealthy", "The engine did not answer a probe.", "warn")
+            elif line.get("status") == "failed":
+                self._failure = line
 
+    @persistent
     def _note(self, code: str, message: str, level: str) -> None:
         with self.house.database.write() as session:
             self.ledger.note(session, code, message, level)
 
+    @persistent
     def _move(self, to: DeploymentState, spec: ServeSpec, **values: Any) -> bool:
         with self.house.database.write() as session:
             return repository.transition(session, spec.deployment_id, to, replica=self.job.id, **values)

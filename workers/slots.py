@@ -124,6 +124,8 @@ def register(house: House, slots: list[tuple[str, str]]) -> None:
                     Worker.host == host,
                     Worker.stopped_at.is_(None),
                     Worker.facts["instance"].as_string() == house.settings.instance,
+                    # Not those that live beside us on other slots.
+                    Worker.id.in_(select(Slot.worker_id).where(Slot.slot_id.in_(taken))),
                 )
             )
         )

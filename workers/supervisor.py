@@ -167,7 +167,7 @@ class Supervision:
         """Where the run goes on, said in its history."""
         if not checkpoints:
             return None
-        with self._beating():
+        with self.beating():
             folder, rejected = resume_point(self.house.storage, checkpoints)
         with self.house.database.write() as session:
             for step, name in rejected:
@@ -194,7 +194,9 @@ class Supervision:
     ) -> Flags:
         """Beats until the child is gone; returns why it was ended, if it was."""
         settings = self.house.settings
-        grace = settings.grace_seconds if stop_grace is None else stop_grace
+        # Only training can save itself; what else runs starts anew anyway.
+        patience = settings.grace_seconds if self.job.type == "train" else min(_CANCEL_GRACE, settings.grace_seconds)
+        grace = patience if stop_grace is None else stop_grace
         pending: list[Line] = []
         flags, asked_at = Flags(), None
         last_beat = last_answer = time.monotonic()
@@ -233,6 +235,8 @@ class Supervision:
                     child.ask_to_stop()
                 elif now - asked_at > grace:
                     child.end(0)
+            else:
+                asked_at = None  # the pause was taken back
             time.sleep(_POLL)
 
     def _settle(self, child: Child, flags: Flags) -> None:
@@ -250,7 +254,7 @@ class Supervision:
         result = _result(self.folder)
         if result is not None and result.get("status") == "ok":
             try:
-                with self._beating():  # hashing a large model takes longer than a lease
+                with self.beating():  # hashing a large model takes longer than a lease
                     self._publish(result)
             except RunError as error:
                 self.ledger.fail(error, status)
@@ -270,7 +274,7 @@ class Supervision:
             self.ledger.crashed(status, _how_it_ended(status), child.log_tail())
 
     @contextlib.contextmanager
-    def _beating(self) -> Iterator[None]:
+    def beating(self) -> Iterator[None]:
         """The job stays ours while this thread works for it."""
         done = threading.Event()
 

@@ -1,6 +1,7 @@
 """What a model folder says about itself without loading it: config.json and safetensors headers (no torch)."""
 
 import json
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ _MAX_CONFIG = 10 << 20
 def read_json(path: Path, param: str) -> dict[str, Any]:
     """A JSON object from a model folder. Raises BadRequest that names the file."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is not a regular file")  # a FIFO would be waited for
         if path.stat().st_size > _MAX_CONFIG:
             raise ValueError("it is too large")
         value = json.loads(path.read_bytes())
@@ -85,7 +88,15 @@ def check_unquantised(config: dict[str, Any], param: str, purpose: str) -> None:
 
 def looks_like_adapter(folder: Path) -> bool:
     """True for a folder that peft saved."""
-    return (folder / "adapter_config.json").is_file()
+    try:
+        return (folder / "adapter_config.json").is_file()
+    except OSError as error:
+        raise BadRequest(
+            f"the model's folder cannot be read: {error.strerror}",
+            param="model",
+            code=Code.MODEL_INVALID,
+            hint="Give the service's user access to it.",
+        ) from error
 
 
 def template_of(folder: Path) -> str | None:

@@ -108,7 +108,8 @@ def _artifact(session: Session, settings: Settings, project_id: str, artifact_id
 
 
 def _job(session: Session, settings: Settings, project_id: str, job_id: str, param: str) -> Resolved:
-    job = session.get(Job, job_id)
+    # Locked where there are row locks: it must not end between this look and the new row that waits for it.
+    job = session.get(Job, job_id, with_for_update={"read": True})
     if job is None or job.project_id != project_id:
         raise NotFound(f"{param}: there is no job {job_id}", param=param, code=Code.MODEL_NOT_FOUND)
     left = [artifact for artifact in repository.of_job(session, job_id) if artifact.kind != "report"]

@@ -28,5 +28,5 @@ def listing(
 def _existing(session: Session, project_id: str, artifact_id: str, param: str) -> Artifact:
     row = repository.get(session, project_id, artifact_id)
     if row is None:
-        raise NotFound(f"there is no artifact {artifact_id}", param=param)
+        raise NotFound(f"there is no artifact {artifact_id}", param=param, hint="GET /artifacts lists what there is.")
     return row

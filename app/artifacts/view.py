@@ -4,8 +4,10 @@ Nothing reads them back; they can be deleted and made again.
 """
 
 import contextlib
+import logging
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,21 @@ from app.db import Database
 from app.models import DEFAULT_PROJECT, Artifact, Checkpoint, Job
 from app.storage import Storage
 
+log = logging.getLogger(__name__)
 _FOLDERS = {"adapter": "adapters", "reward": "adapters", "model": "merged_models", "report": "reports"}
 # Optimizer, scheduler and RNG state are for resuming; people look for weights.
 _HIDDEN = ("optimizer", "scheduler", "rng_state", "training_args", "trainer_state", "COMPLETE")
 
 
 def refresh_job(database: Database, storage: Storage, job_id: str) -> None:
-    """Makes or mends the links of one job. Safe to run at any time, by anybody."""
+    """Makes or mends the links of one job. Safe to run at any time, by anybody; a disk that refuses is only logged."""
+    try:
+        _refresh(database, storage, job_id)
+    except OSError as error:
+        log.warning("the view of %s could not be made: %s", job_id, error)
+
+
+def _refresh(database: Database, storage: Storage, job_id: str) -> None:
     with database.read() as session:
         job = session.get(Job, job_id)
         if job is None:
@@ -95,6 +105,9 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _link_checkpoint(folder: Path, source: Path) -> None:
+    if not source.is_dir():  # rotated away
+        shutil.rmtree(folder, ignore_errors=True)
+        return
     folder.mkdir(exist_ok=True)
     for path in source.iterdir():
         if path.is_file() and not path.name.startswith(_HIDDEN):

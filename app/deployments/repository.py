@@ -3,11 +3,11 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import Select, and_, or_, select, update
 from sqlalchemy.orm import Session
 
-from app.models import Deployment, now
-from app.states import DEPLOYMENT_MOVES, DeploymentState
+from app.models import Deployment, Job, now
+from app.states import DEPLOYMENT_MOVES, TERMINAL, DeploymentState
 
 LIVE = (
     DeploymentState.QUEUED,
@@ -52,6 +52,15 @@ def page(session: Session, project_id: str, limit: int, after: Deployment | None
             )
         )
     return session.scalars(query.order_by(Deployment.created_at.desc(), Deployment.id.desc()).limit(limit + 1)).all()
+
+
+def orphans() -> Select[Deployment, Job]:
+    """Live deployments whose replica's job is final."""
+    return (
+        select(Deployment, Job)
+        .join(Job, Job.id == Deployment.replica_job_id)
+        .where(Deployment.status.in_(LIVE), Job.state.in_([str(state) for state in TERMINAL]))
+    )
 
 
 def transition(

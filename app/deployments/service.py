@@ -106,7 +106,12 @@ def check_servable(found: references.Resolved) -> None:
             hint="Wait for it, or submit a deploy job, which waits by itself.",
         )
     if found.folder is None:
-        return
+        raise BadRequest(
+            f"model: {found.hub} is not on this machine",
+            param="model",
+            code=Code.MODEL_NOT_FOUND,
+            hint="Name a registered model (GET /artifacts lists them), or import this one first.",
+        )
     if inspect.looks_like_adapter(found.folder):
         raise BadRequest(
             "model: an adapter is merged before it is served",
@@ -152,16 +157,33 @@ def stop(session: Session, project_id: str, deployment_id: str) -> DeploymentOut
 
 def stop_replica(session: Session, row: Deployment) -> None:
     """Cancels the replica's job, at once if it only waits."""
-    if row.replica_job_id is None:
+    replica = session.get(Job, row.replica_job_id) if row.replica_job_id else None
+    if replica is None or JobState(replica.state).terminal:
+        repository.transition(session, row.id, DeploymentState.STOPPED)
         return
     cancelled = Move(JobState.CANCELLED, "job_cancelled", "The deployment was stopped.")
-    if jobs.transition(session, row.replica_job_id, JobState.QUEUED, cancelled):
+    if jobs.transition(session, replica.id, JobState.QUEUED, cancelled):
         repository.transition(session, row.id, DeploymentState.STOPPED)
         return
     asked = Move(
         JobState.RUNNING, "cancel_requested", "The deployment is being stopped.", values={"cancel_requested_at": now()}
     )
-    jobs.note(session, row.replica_job_id, asked, Job.state == JobState.RUNNING, Job.cancel_requested_at.is_(None))
+    jobs.note(session, replica.id, asked, Job.state == JobState.RUNNING, Job.cancel_requested_at.is_(None))
+
+
+def has_orphans(session: Session) -> bool:
+    """Whether ``settle_orphans`` has something to do."""
+    return session.execute(repository.orphans().limit(1)).first() is not None
+
+
+def settle_orphans(session: Session) -> None:
+    """A deployment whose replica's job is final serves nothing any more, however it came to that."""
+    for row, replica in session.execute(repository.orphans()).all():
+        if replica.state == JobState.FAILED and row.desired != Desired.STOPPED:
+            error = {"code": replica.error_code, **(replica.error_detail or {})}
+            repository.transition(session, row.id, DeploymentState.FAILED, replica=replica.id, last_error=error)
+        else:
+            repository.transition(session, row.id, DeploymentState.STOPPED, replica=replica.id)
 
 
 def show(session: Session, settings: Settings, project_id: str, deployment_id: str) -> DeploymentOut:
