@@ -116,7 +116,7 @@ def test_queue_positions_follow_the_class(add: Add, database: Database) -> None:
 
 
 def test_a_heartbeat_counts_and_stores(add: Add, claim: Claim, ledger: Any, row: Row, database: Database) -> None:
-    job_id = add()
+    job_id = add(resolved_spec={"model": {"dtype": None}, "adapter": "artifact:art-1"})
     attempt = ledger(claim())
     lines = [
         {"kind": "phase", "phase": "training"},
@@ -124,6 +124,7 @@ def test_a_heartbeat_counts_and_stores(add: Add, claim: Claim, ledger: Any, row:
         {"kind": "metric", "step": 3, "values": {"loss": 0.5, "lr": None, "word": "x"}},
         {"kind": "metric", "step": 3, "values": {"loss": 0.4}},
         {"kind": "resolved", "path": "model.dtype", "value": "float32"},
+        {"kind": "resolved", "path": "adapter.dtype", "value": "a text must stay a text"},
         {"kind": "event", "code": "hello", "message": "Hi.", "level": "loud", "data": [1]},
         {"kind": "nonsense"},
     ]
@@ -132,7 +133,7 @@ def test_a_heartbeat_counts_and_stores(add: Add, claim: Claim, ledger: Any, row:
     job = row(job_id)
     assert job.hb_seq > 1
     assert (job.phase, job.progress) == ("training", {"step": 3, "total_steps": 10, "loss": 0.5})
-    assert job.resolved_spec == {"model": {"dtype": "float32"}}
+    assert job.resolved_spec == {"model": {"dtype": "float32"}, "adapter": "artifact:art-1"}
     with database.read() as session:
         metrics = {(row.step, row.name): row.value for row in session.scalars(select(Metric))}
     assert metrics == {(3, "loss"): 0.4, (3, "lr"): None}
