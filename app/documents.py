@@ -1,6 +1,7 @@
 """Reading JSON and YAML bodies strictly: what is ambiguous is refused instead of guessed."""
 
 import json
+import math
 import re
 from typing import Any
 
@@ -9,6 +10,8 @@ import yaml
 from app.errors import BadRequest, Code
 
 _MAX_DEPTH = 64
+_FLATTER = f"At most {_MAX_DEPTH} levels are read."
+_FINITE = "Use a finite number or null."
 
 
 def parse_json(body: bytes) -> Any:
@@ -25,9 +28,11 @@ def parse_json(body: bytes) -> Any:
             f"the body is not valid JSON: {error.msg} at {where}", code=Code.INVALID_JSON, hint="Mend it there."
         ) from error
     except RecursionError as error:
-        raise BadRequest("the body is nested too deeply", code=Code.INVALID_JSON) from error
+        raise BadRequest("the body is nested too deeply", code=Code.INVALID_JSON, hint=_FLATTER) from error
     except ValueError as error:  # e.g. an integer of more than 4300 digits
-        raise BadRequest(f"the body is not valid JSON: {error}", code=Code.INVALID_JSON) from error
+        raise BadRequest(
+            f"the body is not valid JSON: {error}", code=Code.INVALID_JSON, hint="Send one JSON document."
+        ) from error
     check_text(value)
     return value
 
@@ -92,27 +97,40 @@ def parse_yaml(body: bytes) -> tuple[Any, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise BadRequest(f"the body is not valid YAML: {error.problem}{where}", code=Code.INVALID_YAML) from error
+        raise BadRequest(
+            f"the body is not valid YAML: {error.problem}{where}", code=Code.INVALID_YAML, hint="Mend it there."
+        ) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise BadRequest(f"the body is not valid YAML: {error}", code=Code.INVALID_YAML) from error
+        raise BadRequest(
+            f"the body is not valid YAML: {error}", code=Code.INVALID_YAML, hint="Send one YAML document."
+        ) from error
     check_text(value)
     return value, raw
 
 
-def check_text(value: Any, depth: int = 0) -> None:
-    """Refuses what no database can store: lone surrogates and NUL; and nesting beyond reason."""
+def check_text(value: Any, where: str = "", depth: int = 0) -> None:
+    """Refuses what no database can store: lone surrogates, NUL and infinities; and nesting beyond reason.
+
+    ``where`` is the path of the field that the value stands in.
+    """
+    name, param = where or "the body", where or None
     if depth > _MAX_DEPTH:
-        raise BadRequest(f"the body is nested deeper than {_MAX_DEPTH} levels", code=Code.INVALID_JSON)
+        raise BadRequest(f"the body is nested deeper than {_MAX_DEPTH} levels", code=Code.INVALID_JSON, hint=_FLATTER)
     if isinstance(value, str):
         if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            raise BadRequest("the body holds a NUL or half of a surrogate pair", code=Code.INVALID_VALUE)
+            raise BadRequest(
+                f"{name} holds a NUL or half of a surrogate pair", param=param, hint="Remove it, or write whole UTF-8."
+            )
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise BadRequest(f"{name}: the number is beyond what a float can hold", param=param, hint=_FINITE)
     elif isinstance(value, dict):
         for key, item in value.items():
-            check_text(key, depth + 1)
-            check_text(item, depth + 1)
+            check_text(key, where, depth + 1)
+            check_text(item, f"{where}.{key}"[:200] if where else str(key)[:200], depth + 1)
     elif isinstance(value, list):
         for item in value:
-            check_text(item, depth + 1)
+            check_text(item, where, depth + 1)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,7 +145,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    raise BadRequest(f"{name} is not a JSON number", code=Code.INVALID_JSON, hint="Use a finite number or null.")
+    raise BadRequest(f"{name} is not a JSON number", code=Code.INVALID_JSON, hint=_FINITE)
 
 
 def _yaml_error(problem: str, mark: Any, hint: str) -> BadRequest:

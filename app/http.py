@@ -10,9 +10,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as DatabaseTimeout
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,6 +25,7 @@ _UPLOADS = ("/files", "/v1/files")
 _MULTIPART_SLACK = 1 << 20
 _MAX_HEADER_BYTES = 32 << 10
 _NO_RETRY = (409, 507)
+_SEE_DOCS = "See /docs for what this route takes."
 _METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::[0-9]{1,5})?")
 
@@ -82,7 +84,11 @@ class Guard:
     def _refuse(self, scope: Scope, cap: int) -> AppError | None:
         headers = scope["headers"]
         if sum(len(name) + len(value) for name, value in headers) > _MAX_HEADER_BYTES:
-            error = BadRequest("the request's headers are too large", code=Code.HEADERS_TOO_LARGE)
+            error = BadRequest(
+                "the request's headers are too large",
+                code=Code.HEADERS_TOO_LARGE,
+                hint=f"Send at most {_MAX_HEADER_BYTES} bytes of them.",
+            )
             error.status = 431
             return error
         if not self._is_our_host([value for name, value in headers if name == b"host"]):
@@ -93,7 +99,7 @@ class Guard:
                 hint="The operator sets TUNESMITH_ALLOWED_HOSTS.",
             )
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
-            return BadRequest("the address holds a NUL")  # no database can look for it
+            return BadRequest("the address holds a NUL", hint="Remove %00.")  # no database can look for it
         length = next((value for name, value in headers if name == b"content-length"), b"")
         return _too_large(cap) if length.isdigit() and int(length) > cap else None
 
@@ -129,7 +135,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(OperationalError, _database)
     app.add_exception_handler(DatabaseTimeout, _database)
+    app.add_exception_handler(DataError, _data)
     app.add_exception_handler(IntegrityError, _integrity)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -143,7 +151,7 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first: Mapping[str, Any] = error.errors()[0]
     media = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    wanted = "multipart/form-data" if request.url.path.rstrip("/") in _UPLOADS else "application/json"
+    wanted = "application/json"
     # FastAPI hands an unread body on as it is, and then misses fields in it.
     if first["loc"][0] == "body" and media != wanted and (media or first["type"] != "missing"):
         named = media[:64] or "a body without a Content-Type"
@@ -160,7 +168,7 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
         code, message = Code.UNKNOWN_FIELD, f"{param} is not a field here"
     elif kind == "json_invalid":
         code, param, message = Code.INVALID_JSON, None, f"the body is not valid JSON: {context.get('error', '')}"
-    return answer(BadRequest(message, param=param, code=code, hint="See /docs for what this route takes."))
+    return answer(BadRequest(message, param=param, code=code, hint=_SEE_DOCS))
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
@@ -168,7 +176,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, AppError):  # raised while FastAPI read the body
         return answer(error.__cause__)
-    problem = BadRequest(str(error.detail))
+    problem = BadRequest(str(error.detail), hint=_SEE_DOCS)
     problem.status = error.status_code
     if error.status_code == 404:
         problem = BadRequest(f"there is nothing at {request.url.path[:200]}", code=Code.NOT_FOUND, hint="See /docs.")
@@ -206,6 +214,18 @@ async def _database(_: Request, error: Exception) -> JSONResponse:
         problem.status = 507
         return answer(problem)
     return answer(Unavailable("the database does not answer right now", retry_after=2))
+
+
+async def _data(_: Request, error: Exception) -> JSONResponse:
+    """A value that passed our checks and that the database cannot hold."""
+    assert isinstance(error, DataError)
+    log.warning("unstorable value: %s", type(error.orig).__name__)  # its text may quote the request
+    return answer(BadRequest("a value in the request cannot be stored", hint=_SEE_DOCS))
+
+
+async def _gone(_: Request, error: Exception) -> JSONResponse:
+    """The client left while it sent; nobody reads this answer."""
+    return answer(BadRequest("the body ended too early", hint="Send all of it."))
 
 
 async def _integrity(_: Request, error: Exception) -> JSONResponse:

@@ -26,6 +26,7 @@ LISTEN_FD = "TUNESMITH_LISTEN_FD"
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0)
 _STEADY = 60.0
 _HURRY = 5.0
+_PROBED = 1.0
 Say = Callable[[str], None]
 
 
@@ -34,16 +35,21 @@ class AlreadyUp(RuntimeError):
 
 
 class DataDirLock:
-    """One service a data directory."""
+    """One service a data directory. Waits ``patience`` seconds for a holder that may be gone soon."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, patience: float = 0.0) -> None:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._file: IO[str] = (settings.data_dir / "up.lock").open("w")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise AlreadyUp(f"the service of {settings.data_dir} is already up") from error
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    self._file.close()
+                    raise AlreadyUp(f"the service of {settings.data_dir} is already up") from error
+            time.sleep(0.05)
 
     def release(self) -> None:
         """Lets another ``up`` begin."""
@@ -95,7 +101,7 @@ class Service:
         self.settings = settings
         self._say = say
         self._signals = 0
-        self._lock = DataDirLock(settings)
+        self._lock = DataDirLock(settings, _PROBED)  # who asks whether we are up holds it for a moment
         self._socket = _listen(settings.host, settings.port)
         self.port: int = self._socket.getsockname()[1]
         self.url = settings.model_copy(update={"port": self.port}).base_url
@@ -118,9 +124,11 @@ class Service:
             self._parts.insert(0, Part("broker", embedded_command(settings), plain))
 
     def run(self) -> int:
-        """Blocks until SIGINT or SIGTERM; leaves nothing running."""
+        """Blocks until SIGINT, SIGTERM or SIGHUP; leaves nothing running."""
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, self._on_signal)
         try:
             self._begin()
             while not self._signals:

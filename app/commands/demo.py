@@ -17,28 +17,32 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import typer
 from num2words import num2words
 
 from app.client import Client, ServiceError
 from app.commands.show import as_json, fail, finished, follow, out
+from app.processes import die_with_parent
 from app.settings import Settings
 from app.up import running_service
 
 BASE_NAME = "SmolLM2-135M-Instruct"
 EXPERIMENT = "demo_spell_numbers"
+NAMES = (EXPERIMENT, f"{EXPERIMENT}_base")
 SYSTEM = "Spell the number in words."
 QUESTIONS = 50
 TRAIN_ROWS = 1500
 BELOW = 10_000
 STEPS = 80
 _START_SECONDS = 60
+_TIDY_SECONDS = 60
 
 
 @dataclass
@@ -69,8 +73,13 @@ def demo(json: bool = typer.Option(False, "--json", help="Ends with the numbers 
     report = Report()
     began = time.monotonic()
     try:
-        with _service(model, report) as client:
-            _run(client, model, report)
+        with _told_to_stop(), _service(model, report) as client:
+            tidy(client)
+            try:
+                _run(client, model, report)
+            finally:
+                with suppress(ServiceError):  # what ended the demo is told, not this
+                    tidy(client)
     except ServiceError as error:
         fail(error.message, error.hint)
     report.seconds["total"] = round(time.monotonic() - began, 1)
@@ -108,9 +117,16 @@ def _service(model: Path, report: Report) -> Iterator[Client]:
         "TUNESMITH_PORT": os.environ.get("TUNESMITH_PORT", "0"),
     }
     log_path = settings.data_dir / "demo.log"
-    with log_path.open("wb") as log:
+    with open(log_path, "wb", opener=_private) as log:
+        # Ctrl-C reaches only us: the service is needed for tidying up.
         process = subprocess.Popen(
-            [sys.executable, "-I", "-m", "app.cli", "up"], env=environment, stdout=log, stderr=log
+            [sys.executable, "-I", "-m", "app.cli", "up"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
         )
     try:
         with report.phase("service up"):
@@ -125,6 +141,60 @@ def _service(model: Path, report: Report) -> Iterator[Client]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _private(path: str, flags: int) -> int:
+    """The log holds the first key."""
+    fd = os.open(path, flags, 0o600)
+    os.fchmod(fd, 0o600)  # it may be there from an earlier demo
+    return fd
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[None]:
+    """SIGTERM and SIGHUP leave the block as SystemExit, once; what is told again does not disturb the tidying up."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        for one in caught:
+            signal.signal(one, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in caught:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])
+
+
+def tidy(client: Client, seconds: float = _TIDY_SECONDS) -> None:
+    """Ends the jobs and deployments that a demo left open, and waits until they are gone, at most ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while _end_open_work(client) and time.monotonic() < deadline:
+        time.sleep(0.5)
+
+
+def _end_open_work(client: Client) -> bool:
+    """Asks once for the end of everything of the demo; whether anything was left."""
+    found = False
+    for name in NAMES:
+        for status in ("queued", "paused", "running"):
+            query = {"experiment_name": name, "status": status, "limit": 1000}
+            for job in client.call("GET", "/jobs", params=query)["data"]:
+                found = True
+                try:
+                    client.call("POST", f"/jobs/{job['id']}/cancel")
+                except ServiceError as error:
+                    if error.status != 409:  # it has just ended
+                        raise
+    for deployment in client.call("GET", "/deployments", params={"limit": 1000})["data"]:
+        if deployment["name"] in NAMES and deployment["status"] not in ("stopped", "failed"):
+            found = True
+            _stop(client, deployment["id"])
+    return found
 
 
 def _wait_for(settings: Settings, process: "subprocess.Popen[bytes]", log: Path) -> Client:
@@ -226,7 +296,7 @@ def _spec(file_id: str) -> dict[str, Any]:
 
 
 def _base_deployment() -> dict[str, Any]:
-    return {"type": "deploy", "model": BASE_NAME, "name": f"{EXPERIMENT}_base", "max_model_len": 512}
+    return {"type": "deploy", "model": BASE_NAME, "name": NAMES[1], "experiment_name": NAMES[1], "max_model_len": 512}
 
 
 def _followers(client: Client, job_id: str) -> dict[str, str]:

@@ -1,26 +1,82 @@
 """``/files``: data to learn from."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, Query, UploadFile
-from fastapi import File as FilePart
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request
+from starlette.datastructures import UploadFile
 
-from app.deps import After, Limit, Reader, RoomsDep, Submitter
+from app.deps import After, Limit, Reader, Rooms, RoomsDep, Submitter
+from app.errors import BadRequest, Code, UnsupportedMediaType
 from app.files import service
 from app.files.schemas import FileOut
 from app.paging import Page
+from app.projects.caller import Caller
 
 router = APIRouter(prefix="/files", tags=["files"])
+_MEDIA = "multipart/form-data"
+_HOW = "Send multipart/form-data with a part file that has a file name: curl -F file=@data.jsonl …"
+_ROW = '{"messages": [{"role": "user", "content": "7"}, {"role": "assistant", "content": "seven"}]}'
+# By hand: FastAPI reads a form that it knows of before it asks for the key.
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            _MEDIA: {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {
+                            "type": "string",
+                            "contentMediaType": "application/octet-stream",
+                            "description": "JSON Lines, or a JSON array.",
+                        },
+                        "purpose": {
+                            "type": "string",
+                            "default": "fine-tune",
+                            "description": "fine-tune (every row is checked), evals or user_data.",
+                        },
+                    },
+                },
+                "examples": {
+                    "chats": {"summary": "One chat a line", "value": {"file": f"{_ROW}\n", "purpose": "fine-tune"}}
+                },
+            }
+        },
+    }
+}
 
 
-@router.post("", status_code=201, summary="Upload a data file")
-def create_file(
-    caller: Submitter,
-    rooms: RoomsDep,
-    file: Annotated[UploadFile, FilePart(description="JSON Lines, or a JSON array.")],
-    purpose: Annotated[str, Form(description="fine-tune (every row is checked), evals or user_data.")] = "fine-tune",
-) -> FileOut:
+@router.post("", status_code=201, summary="Upload a data file", openapi_extra=_BODY)
+async def create_file(request: Request, caller: Submitter, rooms: RoomsDep) -> FileOut:
     """Checks every row at once; a file that cannot be learnt from is refused with its line numbers."""
+    media = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if not media:
+        raise _missing()
+    if media != _MEDIA:
+        raise UnsupportedMediaType(f"{media[:64]} is not read here", param="Content-Type", hint=f"Send {_MEDIA}.")
+    async with request.form(max_files=1, max_fields=4) as form:
+        file, purpose = form.get("file"), form.get("purpose") or "fine-tune"
+        if file is None or file == "":
+            raise _missing()
+        if not isinstance(file, UploadFile):
+            raise BadRequest("file: a file is expected, not a text", param="file", hint=_HOW)
+        if not isinstance(purpose, str):
+            raise BadRequest(
+                "purpose: a text is expected, not a file",
+                param="purpose",
+                code=Code.INVALID_TYPE,
+                hint=f"One of: {', '.join(service.PURPOSES)}.",
+            )
+        return await anyio.to_thread.run_sync(_keep, file, purpose, caller, rooms)
+
+
+def _missing() -> BadRequest:
+    return BadRequest("file is missing", param="file", code=Code.MISSING_FIELD, hint=_HOW)
+
+
+def _keep(file: UploadFile, purpose: str, caller: Caller, rooms: Rooms) -> FileOut:
     name = file.filename or "data.jsonl"
     with service.received(file.file, name, rooms.settings) as (path, sha256):
         report = service.inspected(path, purpose)

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from sqlalchemy.orm import Session
 
+from app.documents import check_text
 from app.errors import BadRequest, Code, InsufficientStorage, NotFound, TooLarge
 from app.files import repository, rows
 from app.files.schemas import FileOut
@@ -27,8 +28,9 @@ _SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", "")
 def received(upload: BinaryIO, filename: str, settings: Settings) -> Iterator[tuple[Path, str]]:
     """The upload as a durable temporary file and its sha256; removed again unless it was renamed.
 
-    Raises TooLarge, or InsufficientStorage when the disk is nearly full.
+    Raises BadRequest for its name, TooLarge, or InsufficientStorage when the disk is nearly full.
     """
+    check_text(filename, "file")
     if Path(filename).suffix.lower() not in _SUFFIXES:
         raise BadRequest(
             f"{filename[-64:]!r} is not a data file",
@@ -134,5 +136,5 @@ def listing(session: Session, project_id: str, limit: int, after: str | None, pu
 def _existing(session: Session, project_id: str, file_id: str, param: str) -> File:
     row = repository.get(session, project_id, file_id)
     if row is None:
-        raise NotFound(f"there is no file {file_id}", param=param)
+        raise NotFound(f"there is no file {file_id}", param=param, hint="GET /files lists what there is.")
     return row

@@ -7,17 +7,37 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from app.catalog import Catalog
 from app.documents import parse_json, parse_yaml
 from app.errors import BadRequest, Code, UnsupportedMediaType
-from app.specs import JobSpec, Spec
+from app.specs import NAME_PATTERN, JobSpec, Spec
 
 _CODES = {
     "missing": Code.MISSING_FIELD,
     "extra_forbidden": Code.UNKNOWN_FIELD,
     "conflict": Code.CONFLICTING_FIELDS,
+}
+_KINDS = {
+    "int_type": "a whole number, without quotes",
+    "float_type": "a number, without quotes",
+    "bool_type": "true or false, without quotes",
+    "string_type": "a text, in quotes",
+    "list_type": "a list: [ … ]",
+    "dict_type": "an object: { … }",
+    "model_type": "an object: { … }",
+    "model_attributes_type": "an object: { … }",
+}
+_BOUNDS = {
+    "ge": "at least {}",
+    "gt": "more than {}",
+    "le": "at most {}",
+    "lt": "less than {}",
+    "multiple_of": "a multiple of {}",
+    "min_length": "at least {} long",
+    "max_length": "at most {} long",
 }
 
 
@@ -180,7 +200,31 @@ def describe(error: ValidationError, spec: type[BaseModel]) -> BadRequest:
         message = f"{param}: {message}"
     if len(problems) > 1:
         message += f" (and {len(problems) - 1} more problem{'s' if len(problems) > 2 else ''})"
+    hint = hint or _what_to_write(code, problems, location, spec)
     return BadRequest(message, param=param or None, code=code, hint=hint)
+
+
+def _what_to_write(code: Code, problems: list[ErrorDetails], location: list[str], spec: type[BaseModel]) -> str:
+    """What the field takes: its type, its range, or else its description."""
+    same = [problem for problem in problems if _path(problem) == location]  # a union has one for each member
+    field = _field_at(spec, location)
+    about = f" {field.description}" if field and field.description else ""
+    if code is Code.MISSING_FIELD:
+        return f"Add {'.'.join(location)}.{about}"
+    kinds = dict.fromkeys(_KINDS[problem["type"]] for problem in same if problem["type"] in _KINDS)
+    if code is Code.INVALID_TYPE and kinds:
+        return f"Write {' or '.join(kinds)}."
+    context = same[0].get("ctx") or {}
+    if "expected" in context:
+        return f"Allowed: {context['expected']}."
+    if context.get("pattern") == NAME_PATTERN:
+        return "Letters, digits, dots, dashes and underscores, at most 63; the first is a letter or a digit."
+    limits = {name: context[name] for name in _BOUNDS if name in context}
+    for rule in field.metadata if field and limits else ():
+        limits |= {name: value for name in _BOUNDS if (value := getattr(rule, name, None)) is not None}
+    if limits:
+        return f"Allowed: {' and '.join(_BOUNDS[name].format(limits[name]) for name in _BOUNDS if name in limits)}."
+    return about.strip() or "See /docs for what this field takes."
 
 
 def _path(problem: ErrorDetails) -> list[str]:
@@ -188,6 +232,15 @@ def _path(problem: ErrorDetails) -> list[str]:
     return [
         str(step) for step in problem["loc"] if not (isinstance(step, str) and ("[" in step or step in ("str", "list")))
     ]
+
+
+def _field_at(spec: type[BaseModel], path: list[str]) -> FieldInfo | None:
+    current: type[BaseModel] | None = spec
+    found = None
+    for step in path:
+        found = current.model_fields.get(step) if current else None
+        current = _spec_in(found.annotation) if found else None
+    return found
 
 
 def _fields_at(spec: type[BaseModel], path: list[str]) -> list[str]:

@@ -233,3 +233,13 @@ def test_kill_9_of_up_leaves_nothing(up: Up, tmp_path: Path) -> None:
     up.process.kill()
     up.process.wait()
     wait_for(lambda: not up.everybody(), 15)
+
+
+@pytest.mark.fault
+def test_a_closed_terminal_ends_everything(up: Up) -> None:
+    if up.process.poll() is not None:
+        up.start()
+    up.process.send_signal(signal.SIGHUP)
+    assert up.process.wait(60) == 0
+    assert up.everybody() == set()
+    assert not up.run_file.exists()
