@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.errors import Conflict
@@ -9,16 +10,22 @@ from app.jobs import repository
 from app.jobs.repository import Move
 from app.jobs.schemas import JobOut
 from app.jobs.service import existing, show
-from app.models import Job, now
+from app.models import Job, JobDependency, now
 from app.states import JobState
+
+_TRIES = 3
+Again = Callable[[Job, dict[str, str], list[str], list[str]], Job]
+"""Makes a job anew: the old one, who took whose place, what to wait for, what is done already."""
 
 
 def cancel(session: Session, project_id: str, job_id: str) -> tuple[JobOut, bool]:
     """T9 or T10. Returns the job, and True when it is already final. Raises Conflict for a finished job."""
     job = existing(session, project_id, job_id)
+    if job.type == "serve":
+        raise Conflict(
+            "a replica is stopped by its deployment", param="job_id", hint=f"DELETE /deployments/{job.deployment_id}."
+        )
     queued = Move(JobState.CANCELLED, "job_cancelled", "Cancelled before it ran.", "warn")
-    if repository.transition(session, job_id, JobState.QUEUED, queued):
-        return show(session, project_id, job_id), True
     asked = Move(
         JobState.RUNNING,
         "cancel_requested",
@@ -26,7 +33,12 @@ def cancel(session: Session, project_id: str, job_id: str) -> tuple[JobOut, bool
         "warn",
         values={"cancel_requested_at": now()},
     )
-    repository.note(session, job_id, asked, Job.state == JobState.RUNNING, Job.cancel_requested_at.is_(None))
+    running = (Job.state == JobState.RUNNING, Job.cancel_requested_at.is_(None))
+    for _ in range(_TRIES):  # between the two looks the job may have moved the other way
+        if repository.transition(session, job_id, JobState.QUEUED, queued):
+            return show(session, project_id, job_id), True
+        if repository.note(session, job_id, asked, *running):
+            break
     session.refresh(job)
     if JobState(job.state).terminal:
         raise Conflict(
@@ -47,8 +59,11 @@ def pause(session: Session, project_id: str, job_id: str) -> tuple[JobOut, bool]
         "A pause was asked for; the run saves itself.",
         values={"pause_requested_at": now()},
     )
-    if not repository.note(session, job_id, held, Job.state == JobState.QUEUED, Job.paused_at.is_(None)):
-        repository.note(session, job_id, asked, Job.state == JobState.RUNNING, Job.pause_requested_at.is_(None))
+    waiting = (Job.state == JobState.QUEUED, Job.paused_at.is_(None))
+    running = (Job.state == JobState.RUNNING, Job.pause_requested_at.is_(None))
+    for _ in range(_TRIES):
+        if repository.note(session, job_id, held, *waiting) or repository.note(session, job_id, asked, *running):
+            break
     session.refresh(job)
     if JobState(job.state).terminal:
         raise Conflict(f"the job is {job.state} and cannot be paused", param="job_id")
@@ -71,8 +86,8 @@ def resume(session: Session, project_id: str, job_id: str) -> JobOut:
     return show(session, project_id, job_id)
 
 
-def retry(session: Session, project_id: str, job_id: str, submit: Callable[[Job], JobOut]) -> JobOut:
-    """A new job with the same spec; a final row is never opened again."""
+def retry(session: Session, project_id: str, job_id: str, again: Again) -> JobOut:
+    """A new job with the same spec, and after it whatever fell with the old one; a final row is never opened again."""
     job = existing(session, project_id, job_id)
     if job.type == "serve":
         raise Conflict("a replica is started again by its deployment", param="job_id", hint="POST /deployments.")
@@ -82,10 +97,51 @@ def retry(session: Session, project_id: str, job_id: str, submit: Callable[[Job]
             param="job_id",
             hint="Submit its spec again for another run.",
         )
-    made = submit(job)
-    note = Move(JobState.QUEUED, "job_retried", f"Tried again as {made.id}.", data={"job_id": made.id})
-    repository.note(session, job_id, note)
-    return show(session, project_id, made.id)
+    made: dict[str, str] = {}
+    for old in (job, *_fallen_with(session, job)):
+        waits, done, failed = _parents(session, old, made)
+        if failed and old is job:
+            raise Conflict(
+                f"{failed[0]}, which this job waited for, did not succeed",
+                param="job_id",
+                hint=f"POST /jobs/{failed[0]}/retry instead; what fell with it is made anew too.",
+            )
+        if failed:
+            continue  # it would wait for ever
+        made[old.id] = again(old, made, waits, done).id
+        note = Move(JobState.QUEUED, "job_retried", f"Tried again as {made[old.id]}.", data={"job_id": made[old.id]})
+        repository.note(session, old.id, note)
+    return show(session, project_id, made[job.id])
+
+
+def _fallen_with(session: Session, job: Job) -> list[Job]:
+    """Jobs that were cancelled because this one, or one of them, did not succeed; parents before children."""
+    found: dict[str, Job] = {}
+    newest = [job.id]
+    while newest:
+        rows = session.scalars(
+            select(Job)
+            .join(JobDependency, JobDependency.job_id == Job.id)
+            .where(JobDependency.parent_id.in_(newest), Job.error_code == "dependency_failed")
+        ).all()
+        newest = [row.id for row in rows if row.id not in found]
+        found |= {row.id: row for row in rows}
+    # A job waits only for jobs that were there before it.
+    return sorted(found.values(), key=lambda row: (row.created_at, row.id))
+
+
+def _parents(session: Session, job: Job, made: dict[str, str]) -> tuple[list[str], list[str], list[str]]:
+    """What a copy of the job waits for, which of its parents succeeded already, and which never will."""
+    waits: list[str] = []
+    done: list[str] = []
+    failed: list[str] = []
+    for parent in repository.parents(session, [job.id])[job.id]:
+        state = JobState(session.get_one(Job, parent).state)
+        if parent in made or not state.terminal:
+            waits.append(made.get(parent, parent))
+        else:
+            (done if state is JobState.SUCCEEDED else failed).append(parent)
+    return waits, done, failed
 
 
 def reprioritise(session: Session, project_id: str, job_id: str, priority: int) -> JobOut:
