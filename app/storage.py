@@ -57,6 +57,8 @@ class Storage:
         """
         entries: dict[str, dict[str, Any]] = {}
         for path in _regular_files(source):
+            if path.parent == source and path.name in (MANIFEST, COMPLETE):
+                continue  # of an artifact that this one is a copy of; ours is written over it
             entries[path.relative_to(source).as_posix()] = {
                 "bytes": path.stat().st_size,
                 "sha256": _hash_and_sync(path),

@@ -57,6 +57,7 @@ class Attempt:
     probe_seconds: float = 15
     probe_timeout: float = 10
     probe_misses: int = 3
+    busy_seconds: float = 120
     grace_seconds: float = 30
 
 
@@ -76,10 +77,26 @@ class UnixConnection(http.client.HTTPConnection):
 
 def answers(attempt: Attempt, timeout: float) -> bool:
     """Whether the engine is healthy *and* completes one token: a health route alone answers when the model hangs."""
+    return healthy(attempt, timeout) and completes(attempt, timeout)
+
+
+def healthy(attempt: Attempt, timeout: float) -> bool:
+    """Whether the health route says 200."""
+    return _ok(attempt, "GET", attempt.health_path, None, timeout)
+
+
+def completes(attempt: Attempt, timeout: float) -> bool:
+    """Whether one token comes back."""
     body = {"model": attempt.served_name, "prompt": "Hi", "max_tokens": 1}
-    return _ok(attempt, "GET", attempt.health_path, None, timeout) and _ok(
-        attempt, "POST", "/v1/completions", json.dumps(body), timeout
-    )
+    return _ok(attempt, "POST", "/v1/completions", json.dumps(body), timeout)
+
+
+def ask(attempt: Attempt) -> "queue.SimpleQueue[bool]":
+    """Starts a completion that may take ``busy_seconds``; whether it came will lie in the queue."""
+    answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    timeout = max(attempt.busy_seconds, attempt.probe_timeout)
+    threading.Thread(target=lambda: answer.put(completes(attempt, timeout)), name="ask", daemon=True).start()
+    return answer
 
 
 def _ok(attempt: Attempt, method: str, path: str, body: str | None, timeout: float) -> bool:
@@ -186,9 +203,30 @@ class Replica:
                 self._signs.put("alive")
                 self._ready.wait()
             time.sleep(_FIRST_PROBES)
+        self._watch()
+
+    def _watch(self) -> None:
+        """A full queue is not a death: an unanswered completion stays where it stands in it, while health answers.
+
+        A miss is a completion that failed, or one that is late while health does not answer either, or while none
+        came for ``busy_seconds``.
+        """
+        attempt = self._attempt
+        last = time.monotonic()
+        asked: queue.SimpleQueue[bool] | None = None
         while True:
             time.sleep(attempt.probe_seconds)
-            self._signs.put("alive" if answers(attempt, attempt.probe_timeout) else "dead")
+            asked = asked or ask(attempt)
+            try:
+                came = asked.get(timeout=attempt.probe_timeout)
+            except queue.Empty:
+                if time.monotonic() - last >= attempt.busy_seconds or not healthy(attempt, attempt.probe_timeout):
+                    self._signs.put("dead")
+                continue
+            asked = None
+            if came:
+                last = time.monotonic()
+            self._signs.put("alive" if came else "dead")
 
     def _note(self, sign: Sign, seconds: float) -> None:
         if sign == "dead":

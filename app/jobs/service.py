@@ -1,8 +1,11 @@
 """What can be done with jobs: submit, show, list. What can be done *to* one: ``controls``."""
 
+import copy
+import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement
@@ -10,6 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.artifacts import inspect, references
+from app.artifacts import repository as artifacts
 from app.catalog import Catalog
 from app.deployments import repository as deployments
 from app.errors import BadRequest, Code, Conflict, IdempotencyKeyReused, InsufficientStorage, NotFound
@@ -18,13 +22,16 @@ from app.jobs import repository
 from app.jobs.intake import Intake, validate_spec
 from app.jobs.repository import Move
 from app.jobs.schemas import CheckpointOut, EventOut, JobOut, StepMetrics, by_step
-from app.models import Job, new_id, now
+from app.models import Artifact, Job, JobDependency, new_id, now
 from app.paging import Page, page_of
 from app.projects.caller import Caller
 from app.settings import Settings
 from app.specs import DeploySpec, JobSpec, TrainSpec
 from app.states import JobState
 from app.storage import Storage
+
+# Job types whose result no other job can read.
+LEAVE_NO_MODEL = ("serve", "deploy", "validate")
 
 
 class Submission:
@@ -56,14 +63,22 @@ class Submission:
             self._follow_ups(intake.spec, job)
         return show(self._session, self._caller.project_id, job.id)
 
-    def again(self, job: Job) -> JobOut:
-        """The same spec as a new job, with its follow-ups."""
+    def again(self, job: Job, made: Mapping[str, str], waits: list[str], done: list[str]) -> Job:
+        """The job's spec as a new job; ``made`` says which jobs took the place of those that it names.
+
+        It waits for ``waits``; ``done`` are its parents that succeeded already.
+        """
         check_disk(self._settings)
-        intake = validate_spec({**job.spec, "experiment_name": job.experiment_name}, self._catalog)
-        made = self._add(intake.spec, job.spec, [], retry_of=job.id)
-        if isinstance(intake.spec, TrainSpec):
-            self._follow_ups(intake.spec, made)
-        return show(self._session, self._caller.project_id, made.id)
+        submitted = copy.deepcopy(job.spec)
+        named = {"experiment_name": job.experiment_name}
+        for path, _, value in references.references(validate_spec({**submitted, **named}, self._catalog).spec):
+            if value.removeprefix("job:") in made:
+                _set(submitted, path, f"job:{made[value.removeprefix('job:')]}")
+        intake = validate_spec({**submitted, **named}, self._catalog)
+        new = self._add(intake.spec, submitted, waits, retry_of=job.id)
+        self._session.add_all(JobDependency(job_id=new.id, parent_id=parent) for parent in done)
+        self._session.flush()
+        return new
 
     def _earlier(self, idempotency_key: str | None, fingerprint: str) -> JobOut | None:
         """The job that this key made already. Raises IdempotencyKeyReused when its body was another."""
@@ -106,7 +121,7 @@ class Submission:
         algorithm = spec.algorithm if isinstance(spec, TrainSpec) else None
         resolved = spec.model_dump(mode="json")
         waits = self._resolve(spec, resolved)
-        name = spec.experiment_name or f"{spec.default_name()[:54]}_{now():%Y%m%d}"
+        name = spec.experiment_name or made_up_name(spec)
         resolved["experiment_name"] = name
         job = Job(
             id=new_id("ftjob" if spec.type == "train" else "job"),
@@ -136,9 +151,12 @@ class Submission:
                 self._check_file(value, path)
                 continue
             revision = spec.model.revision if isinstance(spec, TrainSpec) and path.startswith("model.") else None
+            self._check_source(spec, value, path)
             found = references.resolve(
                 self._session, self._settings, self._caller.project_id, value, param=path, revision=revision
             )
+            if isinstance(spec, DeploySpec):
+                self._check_deployable(found, path)
             _set(resolved, path, found.pinned)
             if found.job_id:
                 waits.append(found.job_id)
@@ -159,6 +177,39 @@ class Submission:
                     hint=f"Choose another name, or DELETE /deployments/{live.id} first.",
                 )
         return waits
+
+    def _check_source(self, spec: JobSpec, value: str, path: str) -> None:
+        """A job that is named as an input must be of a kind that leaves one."""
+        if not value.startswith("job:") or "\0" in value:
+            return
+        source = repository.get(self._session, self._caller.project_id, value.removeprefix("job:"))
+        if source is None:
+            return
+        if source.type in LEAVE_NO_MODEL:
+            raise BadRequest(
+                f"{path}: {source.id} is a {source.type} job, which leaves no model",
+                param=path,
+                code=Code.MODEL_INVALID,
+                hint="Name the job that made the model: train, merge or import.",
+            )
+        peft = source.type == "train" and source.resolved_spec.get("model", {}).get("use_peft", True)
+        if peft and isinstance(spec, DeploySpec):
+            raise _unmerged(f"{path}: {source.id} leaves an adapter", path, f'"job:{source.id}"')
+
+    def _check_deployable(self, found: references.Resolved, path: str) -> None:
+        """An engine serves what lies here, and whole models only."""
+        if found.folder and inspect.looks_like_adapter(found.folder):
+            raise _unmerged(f"{path}: this is an adapter", path, f'"{found.pinned}"')
+        if found.hub is None:
+            return
+        rows = artifacts.page(self._session, self._caller.project_id, 1000, None, [Artifact.kind == "model"])
+        near = difflib.get_close_matches(found.hub, {row.name for row in rows}, 3)
+        raise BadRequest(
+            f"{path}: {found.hub} is no model of this service",
+            param=path,
+            code=Code.MODEL_NOT_FOUND,
+            hint="Import the model first" + (f"; registered names: {', '.join(near)}." if near else "."),
+        )
 
     def _check_file(self, file_id: str, path: str) -> None:
         if files.get(self._session, self._caller.project_id, file_id) is None:
@@ -195,6 +246,21 @@ def check_adapter(found: references.Resolved, path: str) -> None:
             code=Code.ADAPTER_INVALID,
             hint="Name the adapter that a LoRA or QLoRA run left.",
         )
+
+
+def made_up_name(spec: JobSpec) -> str:
+    """What a spec calls itself, in the letters that a name may have, and today's date."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", spec.default_name()).lstrip("._-")
+    return f"{(plain or spec.type)[:54]}_{now():%Y%m%d}"
+
+
+def _unmerged(message: str, path: str, adapter: str) -> BadRequest:
+    return BadRequest(
+        message,
+        param=path,
+        code=Code.MODEL_INVALID,
+        hint=f'Merge it first: submit {{"type": "merge", "adapter": {adapter}}} and deploy its result.',
+    )
 
 
 def check_disk(settings: Settings) -> None:

@@ -45,6 +45,17 @@ def test_a_published_folder(source: Path, tmp_path: Path) -> None:
     assert storage.verify("art-1") == ["a.txt", "deep/b.txt"]
 
 
+def test_a_copy_of_an_artifact_is_published_whole(source: Path, tmp_path: Path) -> None:
+    (source / "MANIFEST.json").write_text("of another artifact")
+    (source / "COMPLETE.json").write_text("of a checkpoint")
+    (source / "deep" / "MANIFEST.json").write_text("a file like any other")
+    storage = Storage(tmp_path / "data")
+    storage.publish(source, "art-1", {})
+    listed = json.loads((storage.artifact_dir("art-1") / "MANIFEST.json").read_bytes())["files"]
+    assert set(listed) == {"a.txt", "deep/b.txt", "deep/MANIFEST.json"}
+    assert storage.verify("art-1") == []
+
+
 def test_what_is_not_published(source: Path, tmp_path: Path) -> None:
     storage = Storage(tmp_path / "data")
     (source / "link").symlink_to("/etc/passwd")

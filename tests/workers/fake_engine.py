@@ -1,8 +1,9 @@
 """A serving engine without a model, for tests: HTTP over a unix socket, and ways to misbehave (stdlib only).
 
 ``python fake_engine.py <socket> <mode> [--log FILE] [--served NAME]``. Modes: ok, exits (at once), never_ready,
-hangs (every completion after the first), lies (/health 200, completions 500), leaks (a double-forked child in a session
-of its own), stubborn (ignores SIGTERM), flaky (completions 500 while the file ``<socket>.sick`` exists),
+hangs (every completion after the first, and then /health too), busy (completions wait while the file
+``<socket>.busy`` exists), lies (/health 200, completions 500), leaks (a double-forked child in a session of its own),
+stubborn (ignores SIGTERM), flaky (completions 500 while the file ``<socket>.sick`` exists),
 dies_mid_stream (closes a stream after two chunks), bad_request, slow_stream (a chunk every 50 ms, for ever),
 moody (as ok, but the word in the prompt picks one of the last three modes).
 
@@ -55,6 +56,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """/health and /v1/models."""
         if self.path == "/health":
+            if self.server.mode == "hangs" and self.server.completions > 1:
+                time.sleep(3600)
             self._json(503 if self.server.mode == "never_ready" else 200, {})
         elif self.path == "/v1/models":
             self._json(200, {"object": "list", "data": [{"id": self.server.served, "object": "model"}]})
@@ -75,6 +78,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._error(400, "This model's maximum context length is 16 tokens.")
         if mode == "hangs" and self.server.completions > 1:
             time.sleep(3600)
+        while mode == "busy" and Path(self.server.path + ".busy").exists():
+            time.sleep(0.02)
         if body.get("stream"):
             return self._stream(body, mode)
         return self._json(200, self._answer(body))

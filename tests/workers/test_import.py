@@ -35,10 +35,13 @@ def test_a_folder_is_copied_without_what_does_not_belong(tmp_path: Path, source:
     (source / "optimizer.pt").write_bytes(b"")
     (source / "trainer_state.json").write_text("{}")
     (source / "onnx").mkdir()
+    (source / "MANIFEST.json").write_text("{}")
+    (source / "COMPLETE.json").write_text("{}")
     ctx = bring(tmp_path, source)
     assert ctx.outputs[0][0] == "model"
     assert ctx.outputs[0][2]["name"] == "imported"
     left = {"modeling_tiny.py", "pytorch_model.bin", "optimizer.pt", "trainer_state.json", "onnx"}
+    left |= {"MANIFEST.json", "COMPLETE.json"}
     assert {path.name for path in ctx.folder.iterdir()} == {path.name for path in source.iterdir()} - left
     assert set(next(event for event in ctx.events if event["code"] == "file_skipped")["files"]) == left
     assert (ctx.folder / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()

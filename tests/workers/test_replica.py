@@ -210,6 +210,24 @@ def test_a_hanging_engine_is_unhealthy_and_then_killed(attempt: Attempt) -> None
     assert_nothing_left(attempt)
 
 
+def test_a_busy_engine_is_left_alone(attempt: Attempt) -> None:
+    attempt.prepare("busy", probe_timeout=0.1).start().reach("ready")
+    busy = Path(f"{attempt.socket}.busy")
+    busy.touch()
+    time.sleep(2)
+    busy.unlink()
+    time.sleep(0.5)
+    assert [line["status"] for line in attempt.statuses()] == ["starting", "ready"]
+
+
+def test_an_engine_that_is_busy_for_too_long_is_killed(attempt: Attempt) -> None:
+    """Health alone says little: it answers when the model hangs."""
+    attempt.prepare("busy", probe_timeout=0.1, busy_seconds=1).start().reach("ready")
+    Path(f"{attempt.socket}.busy").touch()
+    assert attempt.exit_status() == 1
+    assert attempt.reach("failed")["reason"] == "unresponsive"
+
+
 def test_an_engine_that_recovers_is_ready_again(attempt: Attempt) -> None:
     attempt.prepare("flaky", probe_misses=1000).start().reach("ready")
     sick = Path(f"{attempt.socket}.sick")

@@ -40,6 +40,7 @@ def test_a_model_that_works_passes_every_check(tmp_path: Path, tiny: Path) -> No
     assert set(status(ctx).values()) == {"ok"}
     assert ctx.results["report"]["ok"]
     assert isinstance(ctx.results["report"]["answer"], str)
+    assert ctx.resolutions == {}, "the spec has no field for it, so a second attempt could not read it"
 
 
 def test_an_adapter_is_validated_on_its_base(tmp_path: Path, tiny: Path, numbers: Path) -> None:

@@ -18,8 +18,9 @@ from workers.loading.devices import Compute
 
 ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-# Left behind: whose folder it was, and what a foreign trainer remembered.
-SKIPPED = ("trainer_state.json", "training_args*", "optimizer*", "scheduler*", "rng_state*", "*.index.json.lock")
+# Left behind: whose folder it was, what a foreign trainer remembered, and what we wrote about another copy.
+FOREIGN = ("trainer_state.json", "training_args*", "optimizer*", "scheduler*", "rng_state*", "*.index.json.lock")
+SKIPPED = (*FOREIGN, "MANIFEST.json", "COMPLETE.json")
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 PROBE = "What is the capital of France?"
 PROBE_ANSWER = "The capital of France is Paris."

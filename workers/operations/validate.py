@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from app.catalog import Operation, RunContext
 from app.errors import Code, RunError
@@ -41,6 +41,13 @@ class Check(NamedTuple):
     detail: str
 
 
+class _Unreported:
+    """Stands in for the context where a dtype is chosen: this spec has no field that the choice could go into."""
+
+    def resolved(self, path: str, value: Any) -> None:
+        """Says nothing."""
+
+
 def run(spec: ValidateSpec, ctx: RunContext) -> None:
     """Runs every check that still can, then fails with the names of those that did not hold."""
     set_threads()
@@ -53,7 +60,7 @@ def run(spec: ValidateSpec, ctx: RunContext) -> None:
 
     tokenizer = _tokenizer(folder if has_tokenizer(folder) else base, checks)
     if _weights(folder, checks):
-        model = _load(folder, base, ctx, checks)
+        model = _load(folder, base, checks)
         if model is not None:
             report["parameters"] = model.num_parameters()
             if tokenizer is not None:
@@ -98,10 +105,10 @@ def _weights(folder: Path, checks: list[Check]) -> bool:
     return True
 
 
-def _load(folder: Path, base: Path, ctx: RunContext, checks: list[Check]) -> Any:
+def _load(folder: Path, base: Path, checks: list[Check]) -> Any:
     from peft import PeftModel
 
-    compute: Compute = device_and_dtype(None, ctx)
+    compute: Compute = device_and_dtype(None, cast(RunContext, _Unreported()))
     try:
         model = load_base(base, compute)
         if folder != base:
