@@ -78,7 +78,7 @@ def validate_spec(data: Any, catalog: Catalog, raw: Any = None) -> Intake:
         mended = _text_where_asked(clean, raw, error) if raw is not None else None
         if mended is not None:
             try:
-                return Intake(spec_class.model_validate(mended), data, warnings)
+                return Intake(spec_class.model_validate(mended), mended, warnings)
             except ValidationError as second:
                 error = second
         raise describe(error, spec_class) from error

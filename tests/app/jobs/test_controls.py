@@ -121,6 +121,15 @@ def test_a_retry_is_a_new_job_and_the_old_row_stays(api: TestClient, submit: Any
     assert api.get(f"/jobs/{job_id}/events").json()["data"][0]["data"] == {"job_id": made["id"]}
 
 
+def test_a_spec_that_came_as_yaml_is_retried_too(api: TestClient) -> None:
+    body = b"type: sleepy\nexperiment_name: 20241201\nmetadata: {year: 2024}\n"
+    job_id = api.post("/jobs", content=body, headers={"content-type": "application/yaml"}).json()["id"]
+    api.post(f"/jobs/{job_id}/cancel")
+    made = api.post(f"/jobs/{job_id}/retry")
+    assert made.status_code == 201, made.text
+    assert (made.json()["experiment_name"], made.json()["metadata"]) == ("20241201", {"year": "2024"})
+
+
 def test_a_higher_priority_goes_first(api: TestClient, submit: Any, claim: Any) -> None:
     first, second = submit(), submit()
     assert api.patch(f"/jobs/{second}", json={"priority": 5}).json()["queue_position"] == 1
