@@ -35,8 +35,11 @@ class SlotLock:
     """Holding a slot's ``flock`` proves that its former owner is gone: the kernel lets go of a dead process's locks."""
 
     def __init__(self, settings: Settings, slot_id: str) -> None:
-        # Opened to append, so that a worker that comes second does not wipe out who holds it.
-        self._file: IO[str] = (settings.sockets / f"slot-{slot_id}").open("a")
+        # In DATA_DIR, which all workers of an installation share whatever their temporary folder is. Opened to append,
+        # so that a worker that comes second does not wipe out who holds it.
+        folder = settings.data_dir / "slots"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file: IO[str] = (folder / f"slot-{slot_id}").open("a")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
