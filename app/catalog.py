@@ -30,6 +30,8 @@ class RunContext(Protocol):
     """Scratch space of this attempt."""
     checkpoint_dir: Path
     """Where ``checkpoint-N`` folders go."""
+    prepared_dir: Path | None
+    """Inputs made ready: ``prepare`` fills it, ``run`` reads it (committed and verified); None without that stage."""
     catalog: "Catalog"
     """All plugs, so that an operation can look up e.g. a merge method."""
 
@@ -68,6 +70,10 @@ class RunContext(Protocol):
         """A value that the run chose in place of what the spec asked, e.g. a dtype; shown in ``resolved_spec``."""
         ...
 
+    def tick(self) -> None:
+        """The run lives, though it has nothing to tell (loading, a long evaluation): resets the stall detector."""
+        ...
+
     def stop_requested(self) -> bool:
         """True after SIGTERM: save a checkpoint and raise ``Interrupted``."""
         ...
@@ -92,6 +98,8 @@ class Recipe:
     spec: type[TrainSpec]
     run: Callable[[Any, RunContext], None]
     slot: SlotClass = "train"
+    prepare: Callable[[Any, RunContext], None] | None = None
+    """Fetches and tokenises into ``ctx.prepared_dir`` in a light slot, before a GPU slot is taken."""
 
     @property
     def name(self) -> str:

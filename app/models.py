@@ -126,6 +126,26 @@ class Job(Owned, Base):
     hold_reason: Mapped[str | None]
     priority: Mapped[int] = mapped_column(default=0)
     slot_class: Mapped[str]
+    next_class: Mapped[str | None]
+    """Set while the inputs are made ready in a light slot: the class of slot that the job itself needs."""
+    prepared_ref: Mapped[str | None]
+    """The folder with the inputs made ready, relative to DATA_DIR."""
+    gpus: Mapped[int] = mapped_column(default=1, server_default=text("1"))
+    min_vram_gb: Mapped[float | None]
+    memory_gb: Mapped[float | None]
+    """What the run is estimated to need of one GPU; None = not known."""
+    preemptible: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    queue_seconds: Mapped[float | None]
+    wall_seconds: Mapped[float | None]
+    run_seconds: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))
+    """Time in slots, over all attempts, by the workers' own clocks."""
+    eligible_at: Mapped[datetime | None]
+    """Since when nothing but a slot was missing, for the queue-time limit."""
+    claimed_at: Mapped[datetime | None]
+    reached_step: Mapped[int] = mapped_column(default=-1, server_default=text("-1"))
+    """The furthest step that any attempt reached."""
+    stuck: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """Attempts in a row that broke off without getting further than those before."""
     blocked_by: Mapped[int] = mapped_column(default=0)
     fence: Mapped[int] = mapped_column(default=0)
     attempt: Mapped[int] = mapped_column(default=0)
@@ -154,7 +174,8 @@ class Job(Owned, Base):
     idem_key: Mapped[str | None]
     idem_sha256: Mapped[str | None]
     retry_of: Mapped[str | None]
-    pipeline_id: Mapped[str | None]
+    pipeline_id: Mapped[str | None] = mapped_column(index=True)
+    sweep_id: Mapped[str | None] = mapped_column(index=True)
     deployment_id: Mapped[str | None] = mapped_column(index=True)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -166,6 +187,62 @@ class JobDependency(Base):
     __tablename__ = "job_dependency"
     job_id: Mapped[str] = mapped_column(ForeignKey("job.id"), primary_key=True)
     parent_id: Mapped[str] = mapped_column(ForeignKey("job.id"), primary_key=True, index=True)
+
+
+class Pipeline(Owned, Base):
+    """Named jobs that refer to each other."""
+
+    __tablename__ = "pipeline"
+    __table_args__ = (
+        UniqueConstraint("project_id", "idem_key"),
+        Index("ix_pipeline_project_created", "project_id", "created_at", "id"),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    spec: Mapped[dict[str, Any]]
+    labels: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
+    idem_key: Mapped[str | None]
+    idem_sha256: Mapped[str | None]
+
+
+class PipelineStep(Base):
+    """Which job, the newest one, does a named step."""
+
+    __tablename__ = "pipeline_step"
+    pipeline_id: Mapped[str] = mapped_column(ForeignKey("pipeline.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    position: Mapped[int]
+    job_id: Mapped[str] = mapped_column(ForeignKey("job.id"), index=True)
+
+
+class Sweep(Owned, Base):
+    """One spec with many values; the jobs are its children."""
+
+    __tablename__ = "sweep"
+    __table_args__ = (
+        UniqueConstraint("project_id", "idem_key"),
+        Index("ix_sweep_project_created", "project_id", "created_at", "id"),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    spec: Mapped[dict[str, Any]]
+    matrix: Mapped[dict[str, Any]]
+    options: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    max_parallel: Mapped[int | None]
+    labels: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
+    result: Mapped[dict[str, Any] | None]
+    idem_key: Mapped[str | None]
+    idem_sha256: Mapped[str | None]
+
+
+class SweepPoint(Base):
+    """Which values of a sweep's matrix a job has."""
+
+    __tablename__ = "sweep_point"
+    sweep_id: Mapped[str] = mapped_column(ForeignKey("sweep.id"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("job.id"), index=True)
+    point: Mapped[dict[str, Any]]
 
 
 class JobEvent(Base):
@@ -288,5 +365,7 @@ class Slot(Base):
     worker_id: Mapped[str] = mapped_column(ForeignKey("worker.id", ondelete="CASCADE"), primary_key=True)
     slot_id: Mapped[str] = mapped_column(primary_key=True)
     slot_class: Mapped[str] = mapped_column("class")
+    facts: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
+    """Of a GPU: ``gpu`` (its index), ``vram_gb``, ``name``."""
     job_id: Mapped[str | None] = mapped_column(ForeignKey("job.id"))
     fence: Mapped[int] = mapped_column(Integer, default=0)

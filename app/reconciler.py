@@ -16,11 +16,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app.catalog import Catalog
+from app.crashpoints import reached
 from app.db import Database, after_commit
 from app.deployments import repository as deployments
 from app.deployments import service
 from app.errors import AppError
-from app.jobs import capacity, repository
+from app.jobs import capacity, claims, repository
 from app.jobs.repository import Move
 from app.models import Deployment, Job, now
 from app.queue import AnyDoorbell
@@ -95,7 +96,7 @@ class Reconciler(threading.Thread):
             return
         self._next_ring = self._monotonic() + self._settings.heartbeat_seconds
         with self._database.read() as session:
-            waiting = repository.waiting_classes(session) - {"control"}
+            waiting = claims.waiting_classes(session) - {"control"}
         if waiting:
             self._doorbell.ring()
 
@@ -121,6 +122,8 @@ class Reconciler(threading.Thread):
                 with self._database.write() as session:
                     after_commit(session, self._doorbell.ring)
                     reap(session, job)
+                    reached("reap.before_commit")
+                reached("reap.after_commit")
         self._watched = seen
 
     def _hold(self) -> None:
@@ -159,7 +162,7 @@ class Reconciler(threading.Thread):
         while True:
             with self._database.write() as session:
                 after_commit(session, self._doorbell.ring)
-                job = repository.claim(session, CONTROLLER, "control", ["control"])
+                job = claims.claim(session, CONTROLLER, "control", ["control"])
                 if job is None:
                     return
                 spec = DeploySpec.model_validate(job.resolved_spec)
@@ -183,6 +186,7 @@ class Reconciler(threading.Thread):
                     _fail(session, job, "model_invalid", f"the model cannot be read: {error}", None)
                 else:
                     session.get_one(Job, job.id).deployment_id = deployment_id
+                reached("deploy.before_commit")
 
     def _settle_deploys(self) -> None:
         with self._database.write() as session:

@@ -8,6 +8,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from app.crashpoints import reached
 from app.db import Database
 from app.settings import PROJECT_ROOT, Settings
 
@@ -51,6 +52,7 @@ def upgrade(settings: Settings) -> None:
     with (Path(settings.data_dir) / "migrate.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         command.upgrade(alembic_config(settings.database), "head")
+        reached("migrate.after_upgrade")
 
 
 def drift(settings: Settings) -> None:

@@ -48,7 +48,32 @@ class Spec(BaseModel):
 class Resources(Spec):
     """What a job asks of the machine."""
 
-    gpus: int = Field(1, ge=0, le=1, description="GPUs for the job; without a GPU in the machine it runs on the CPU.")
+    gpus: int = Field(1, ge=0, le=64, description="GPUs for the job; without a GPU in the machine it runs on the CPU.")
+    min_vram_gb: float | None = Field(None, gt=0, le=4096, description="Memory that each GPU must have, in GB.")
+
+
+class Limits(Spec):
+    """When a job is given up, in seconds."""
+
+    wall_seconds: float | None = Field(
+        None, gt=0, le=31_536_000, description="Longest time in slots, over all attempts; then it fails."
+    )
+    queue_seconds: float | None = Field(
+        None, gt=0, le=31_536_000, description="Longest wait for its first slot, once nothing else is missing."
+    )
+    stall_seconds: float | None = Field(
+        None, ge=1, le=86_400, description="Longest silence of a run; then it is ended and tried again. Default 1800."
+    )
+
+
+class RetryPolicy(Spec):
+    """What happens when a run breaks off by itself. Errors of data or spec are never tried again."""
+
+    max_attempts: int = Field(3, ge=1, le=20, description="Attempts in a row without a newer checkpoint.")
+    backoff_seconds: float = Field(5.0, ge=0, le=3600, description="Pause before the second; doubles each time.")
+    exit_codes: list[Annotated[int, Field(ge=1, le=255)]] | None = Field(
+        None, max_length=32, description="Try again only after these exit statuses; default: after any crash."
+    )
 
 
 class JobSpec(Spec):
@@ -61,6 +86,9 @@ class JobSpec(Spec):
     )
     priority: int = Field(0, ge=-100, le=100, description="Higher first.")
     resources: Resources = Field(default_factory=Resources)
+    limits: Limits = Field(default_factory=Limits)
+    retry: RetryPolicy = Field(default_factory=RetryPolicy)
+    preemptible: bool = Field(False, description="A job of higher priority may pause this one and take its slot.")
 
     def default_name(self) -> str:
         """The experiment name for a spec that gives none (a date is appended by the service)."""
@@ -212,7 +240,15 @@ class TrainingBlock(Spec):
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     eval_steps: int | None = Field(None, ge=1, le=10_000_000)
     save_steps: int = Field(500, ge=1, le=10_000_000, description="A checkpoint every so many steps.")
-    save_total_limit: int | None = Field(None, ge=1, le=1000)
+    save_total_limit: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="Checkpoints that stay. Default 2 for a full fine-tune; the adapters of PEFT runs all stay.",
+    )
+    checkpoint_seconds: float = Field(
+        300.0, gt=0, le=86_400, description="A checkpoint at least so often, unless writing takes over 2 % of the time."
+    )
     seed: int = Field(42, ge=0, le=2_147_483_647)
 
     aliases: ClassVar[dict[str, str]] = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.crashpoints import reached
 from app.errors import Code, RunError
 
 MANIFEST = "MANIFEST.json"
@@ -65,13 +66,16 @@ class Storage:
             }
         if not entries:
             raise RunError(Code.STORAGE_ERROR, f"the run left nothing in {source.name}")
+        reached("publish.before_manifest")
         manifest = json.dumps({**facts, "files": entries}, indent=1, sort_keys=True).encode()
         _write_durably(source / MANIFEST, manifest)
         for folder in [path for path in source.rglob("*") if path.is_dir()] + [source]:
             sync_dir(folder)
         target = self.artifact_dir(artifact_id)
         target.parent.mkdir(parents=True, exist_ok=True)
+        reached("publish.before_rename")
         os.rename(source, target)
+        reached("publish.after_rename")
         sync_dir(target.parent)
         return Published(sum(entry["bytes"] for entry in entries.values()), hashlib.sha256(manifest).hexdigest())
 
@@ -92,9 +96,11 @@ class Storage:
         for inner in (path for path in folder.rglob("*") if path.is_dir()):
             sync_dir(inner)
         sync_dir(folder)
+        reached("checkpoint.before_complete")
         write_private(folder / COMPLETE, json.dumps({"step": step, "files": entries}, sort_keys=True).encode())
         sync_dir(folder)
         sync_dir(folder.parent)
+        reached("checkpoint.after_complete")
         return sum(entry["bytes"] for entry in entries.values())
 
     @staticmethod

@@ -40,6 +40,8 @@ class JobContext:
         self.work_dir = attempt_dir / "work"
         self.checkpoint_dir = attempt_dir / "ckpt"
         self.catalog = catalog
+        prepared = attempt.get("prepared_dir")
+        self.prepared_dir = Path(prepared) if prepared else None
         resume = attempt.get("resume_from")
         self.resume_from = Path(resume) if resume else None
         self.values: dict[str, Any] = {}
@@ -133,6 +135,10 @@ class JobContext:
     def resolved(self, path: str, value: Any) -> None:
         """See RunContext."""
         self._journal.write("resolved", path=path, value=value)
+
+    def tick(self) -> None:
+        """See RunContext."""
+        self._journal.write("tick")
 
     def request_stop(self) -> None:
         """SIGTERM came."""

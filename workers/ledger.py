@@ -17,6 +17,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_expo
 
 from app.artifacts import repository as artifacts
 from app.artifacts import view
+from app.crashpoints import reached
 from app.db import Database, after_commit
 from app.errors import Code, RunError
 from app.jobs import repository
@@ -74,6 +75,7 @@ class Ledger:
 
     def beat(self, lines: Sequence[Line]) -> Flags:
         """T3, T4: the attempt lives, and this is what it said since the last beat."""
+        reached("beat.before")
         values: dict[str, Any] = {}
         metrics: list[dict[str, Any]] = []
         with self._database.write() as session:
@@ -119,6 +121,7 @@ class Ledger:
         path = Path(str(line.get("path")))
         if not path.is_relative_to(self._storage.job_dir(self.job.id)):
             return
+        reached("checkpoint.before_row")
         relative = str(path.relative_to(self._storage.root))
         for old in repository.checkpoints(session, self.job.id):
             # An attempt that starts over reaches the same step again; and the run rotates its oldest away.
@@ -172,6 +175,8 @@ class Ledger:
             moved = self._leave(session, move, Job.cancel_requested_at.is_(None))
             if not moved:
                 session.rollback()
+            reached("succeed.before_commit")
+        reached("succeed.after_commit")
         if moved:
             view.refresh_job(self._database, self._storage, self.job.id)
         return moved
@@ -212,7 +217,24 @@ class Ledger:
             values["attempt"] = Job.attempt - 1
         move = Move(JobState.QUEUED, code, message, "warn", {"delay_seconds": delay}, values)
         with self._database.write() as session:
-            after_commit(session, self._doorbell.ring)
+            moved = self._leave(session, move, Job.cancel_requested_at.is_(None))
+            reached("requeue.before_commit")
+        reached("requeue.after_commit")
+        return moved
+
+    @persistent
+    def hold(self, reason: str, message: str, *, delay: float, exit_code: int | None = None) -> bool:
+        """T12 of a running job: back into the queue with a hold reason, the attempt unspent."""
+        values: dict[str, Any] = {
+            **repository.back_in_queue(),
+            "hold_reason": reason,
+            "delay_seconds": delay,
+            "not_before": now() + timedelta(seconds=delay),
+            "exit_code": exit_code,
+            "attempt": Job.attempt - 1,
+        }
+        move = Move(JobState.QUEUED, f"hold_{reason}", message, "warn", {"delay_seconds": delay}, values)
+        with self._database.write() as session:
             return self._leave(session, move, Job.cancel_requested_at.is_(None))
 
     @persistent

@@ -12,9 +12,10 @@ from app.errors import AppError, Code, RunError
 from app.models import Deployment, now
 from app.specs import DeploymentOptions, ServeSpec
 from app.states import DeploymentState
+from workers.child import Child
 from workers.inputs import follow_model
 from workers.ledger import Flags, Line, persistent
-from workers.supervisor import Child, Supervision
+from workers.supervisor import Supervision
 
 BACKOFF = (1.0, 5.0, 15.0, 60.0)
 CRASH_LOOP = 5

@@ -14,7 +14,8 @@ from typing import IO
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.jobs import repository
+from app.crashpoints import reached
+from app.jobs import claims
 from app.models import Job, Slot, Worker, now
 from app.processes import kill_holders_of_slot
 from app.reconciler import reap
@@ -102,7 +103,12 @@ class SlotThread(threading.Thread):
 
     def _claim(self) -> Job | None:
         with self.house.database.write() as session:
-            return repository.claim(session, self.house.worker_id, self.slot_id, self.classes)
+            job = claims.claim(session, self.house.worker_id, self.slot_id, self.classes)
+            if job is not None:
+                reached("claim.before_commit")
+        if job is not None:
+            reached("claim.after_commit")
+        return job
 
     def _work(self, job: Job) -> None:
         supervision = ReplicaSupervision if job.type == "serve" else Supervision

@@ -2,11 +2,8 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,24 +15,23 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import states
 from app.catalog import Catalog
+from app.crashpoints import reached
 from app.db import Database
 from app.errors import Code, RunError
 from app.jobs import repository
 from app.models import Checkpoint, Job, new_id
-from app.processes import LIFE_FD, TOKEN, exited, kill_ladder
+from app.processes import exited
 from app.queue import AnyDoorbell
 from app.settings import Settings
 from app.storage import Storage, write_private
-from workers.context import ATTEMPT, EVENTS, LOG, RESULT
+from workers.child import Child, environment, token_of
+from workers.context import ATTEMPT, RESULT
 from workers.inputs import attempt_file, resume_point
-from workers.journal import Tail
 from workers.ledger import Finished, Flags, Ledger, Line
 
-PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "HF_HOME", "HF_ENDPOINT", "XDG_CACHE_HOME", "LD_LIBRARY_PATH")
 _POLL = 0.1
 _WRITE_EVERY = 1.0
 _CANCEL_GRACE = 10.0
-_LOG_CAP = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -49,88 +45,6 @@ class House:
     doorbell: AnyDoorbell
     worker_id: str
     stopping: threading.Event
-
-
-class Child:
-    """A process of an attempt: its life pipe, its log, its journal."""
-
-    def __init__(self, module: str, folder: Path, token: str, environment: Mapping[str, str]) -> None:
-        self.folder = folder
-        self.token = token
-        self.tail = Tail(folder / EVENTS)
-        read_end, self._life = os.pipe()
-        # A file, not a pipe, takes the output: the end of this process neither blocks nor breaks the child.
-        with (folder / LOG).open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-m", module, str(folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=folder,
-                env={**environment, TOKEN: token, LIFE_FD: str(read_end), "SPT_NOENV": "1"},
-                pass_fds=[read_end],
-                start_new_session=True,
-            )
-        os.close(read_end)
-
-    def lines(self) -> list[Line]:
-        """What the child told since the last call."""
-        return list(self.tail.read())
-
-    def tick(self) -> None:
-        """Tells the child that its supervisor lives, and keeps its log bounded."""
-        with contextlib.suppress(OSError):
-            os.write(self._life, b".")
-        with contextlib.suppress(OSError):
-            log = self.folder / LOG
-            if log.stat().st_size > _LOG_CAP:
-                os.truncate(log, 0)
-
-    def ask_to_stop(self) -> None:
-        """SIGTERM to the first process: it saves itself and exits 75."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGTERM)
-
-    def end(self, grace: float) -> None:
-        """Returns when no process of the attempt is left."""
-        kill_ladder(self.process, self.token, grace)
-
-    def close(self) -> None:
-        """Gives the life pipe back; whatever still holds its other end reads EOF."""
-        with contextlib.suppress(OSError):
-            os.close(self._life)
-
-    def log_tail(self, size: int = 4096) -> str:
-        """The end of its log."""
-        try:
-            with (self.folder / LOG).open("rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - size))
-                return file.read().decode("utf-8", "replace")
-        except OSError:
-            return ""
-
-
-def environment(settings: Settings, gpu: str | None) -> dict[str, str]:
-    """A child's environment: a short list of ours, and what keeps libraries quiet."""
-    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    if gpu is not None:
-        passed["CUDA_VISIBLE_DEVICES"] = gpu
-    return {
-        **passed,
-        "PYTHONUNBUFFERED": "1",
-        # Threads that spin while they wait starve each other as soon as the cores are shared with an engine.
-        "GOMP_SPINCOUNT": "1000",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "DO_NOT_TRACK": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-    }
-
-
-def token_of(settings: Settings, job: Job, slot_id: str) -> str:
-    """Names an attempt so that no other installation's processes are ever hit."""
-    return f"{settings.instance}:{job.id}:{job.fence}:{slot_id}"
 
 
 class Supervision:
@@ -151,7 +65,9 @@ class Supervision:
                 attempt = attempt_file(session, self.house.settings, self.house.catalog, self.job)
                 checkpoints = repository.checkpoints(session, self.job.id)
             attempt["resume_from"] = self._resume_from(checkpoints)
+            reached("spawn.before")
             child = self.spawn("workers.runner", attempt)
+            reached("spawn.after")
         except RunError as error:
             self.ledger.fail(error)
             return

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from sqlalchemy.orm import Session
 
+from app.crashpoints import reached
 from app.documents import check_text
 from app.errors import BadRequest, Code, InsufficientStorage, NotFound, TooLarge
 from app.files import repository, rows
@@ -114,7 +115,9 @@ def keep(
         rows=report.rows,
     )
     target = Storage(settings.data_dir).file_path(row.id)
+    reached("upload.before_rename")
     os.rename(path, target)
+    reached("upload.after_rename")
     sync_dir(target.parent)
     session.add(row)
     session.flush()

@@ -77,7 +77,7 @@ def resume(session: Session, project_id: str, job_id: str) -> JobOut:
         JobState.QUEUED,
         "job_resumed",
         "Back in the queue.",
-        values={"paused_at": None, "pause_requested_at": None, "not_before": None},
+        values={"paused_at": None, "pause_requested_at": None, "not_before": None, "eligible_at": now()},
     )
     if not repository.note(session, job_id, move, Job.paused_at.is_not(None) | Job.pause_requested_at.is_not(None)):
         raise Conflict(

@@ -6,11 +6,10 @@ nothing else happens. The move and its event are written in the same transaction
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, and_, case, or_, select, update
+from sqlalchemy.orm import Session
 
 from app.models import Artifact, Checkpoint, Job, JobDependency, JobEvent, Metric, Slot, new_id, now
 from app.states import JOB_MOVES, TERMINAL, JobState
@@ -33,64 +32,13 @@ class Move:
 def add(session: Session, job: Job, parents: Sequence[str] = ()) -> None:
     """T1: a new queued row with its first event, waiting for ``parents``."""
     job.blocked_by = len(parents)
+    job.eligible_at = None if parents else now()
     job.next_seq = 1
     session.add(job)
     session.flush()
     session.add_all(JobDependency(job_id=job.id, parent_id=parent) for parent in parents)
     session.add(_event(job.id, 1, 0, Move(JobState.QUEUED, "job_queued", "The job is queued."), None))
     session.flush()
-
-
-def claim(
-    session: Session, worker_id: str, slot_id: str, classes: Sequence[str], *, at: datetime | None = None
-) -> Job | None:
-    """T2: takes the next eligible job for a slot, or None.
-
-    Order: the project with the fewest running jobs, then priority, then age.
-    """
-    at = at or now()
-    running = aliased(Job)
-    busy = (
-        select(func.count())
-        .where(running.project_id == Job.project_id, running.state == JobState.RUNNING)
-        .correlate(Job)
-        .scalar_subquery()
-    )
-    candidate = (
-        select(Job.id)
-        .where(
-            Job.state == JobState.QUEUED,
-            Job.slot_class.in_(classes),
-            Job.blocked_by == 0,
-            Job.paused_at.is_(None),
-            Job.cancel_requested_at.is_(None),
-            or_(Job.not_before.is_(None), Job.not_before <= at),
-        )
-        .order_by(busy, Job.priority.desc(), Job.created_at, Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
-    job_id = session.scalar(candidate)
-    if job_id is None:
-        return None
-    values = {
-        "fence": Job.fence + 1,
-        "attempt": Job.attempt + 1,
-        "hb_seq": Job.hb_seq + 1,
-        "worker_id": worker_id,
-        "slot_id": slot_id,
-        "started_at": func.coalesce(Job.started_at, at),
-        "hold_reason": None,
-        "prev_attempt_step": Job.ckpt_step,
-    }
-    move = Move(JobState.RUNNING, "job_started", f"Running on {slot_id}.", data={"slot": slot_id}, values=values)
-    if not transition(session, job_id, JobState.QUEUED, move, Job.blocked_by == 0, Job.paused_at.is_(None)):
-        return None
-    job = session.get_one(Job, job_id, populate_existing=True)
-    session.execute(
-        update(Slot).where(Slot.worker_id == worker_id, Slot.slot_id == slot_id).values(job_id=job.id, fence=job.fence)
-    )
-    return job
 
 
 def transition(session: Session, job_id: str, origin: JobState, move: Move, *guards: ColumnElement[bool]) -> bool:
@@ -199,7 +147,7 @@ def _release_children(session: Session, job_id: str) -> None:
     session.execute(
         update(Job)
         .where(Job.id.in_(children), Job.state == JobState.QUEUED, Job.blocked_by > 0)
-        .values(blocked_by=Job.blocked_by - 1)
+        .values(blocked_by=Job.blocked_by - 1, eligible_at=now())
     )
 
 
@@ -263,25 +211,6 @@ def parents(session: Session, job_ids: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def queue_positions(session: Session, jobs: Sequence[Job]) -> dict[str, int]:
-    """1 for the job that is next in its class; only queued jobs that wait for nothing else have a place."""
-    waiting = [job for job in jobs if job.state == JobState.QUEUED and job.blocked_by == 0 and job.paused_at is None]
-    if not waiting:
-        return {}
-    rank = (
-        func.row_number()
-        .over(partition_by=Job.slot_class, order_by=(Job.priority.desc(), Job.created_at, Job.id))
-        .label("rank")
-    )
-    ranked = (
-        select(Job.id, rank)
-        .where(Job.state == JobState.QUEUED, Job.blocked_by == 0, Job.paused_at.is_(None))
-        .subquery()
-    )
-    rows = session.execute(select(ranked.c.id, ranked.c.rank).where(ranked.c.id.in_([job.id for job in waiting])))
-    return {row.id: row.rank for row in rows}
-
-
 def events(
     session: Session, job_id: str, limit: int, after_seq: int | None, *, newest_first: bool
 ) -> Sequence[JobEvent]:
@@ -322,19 +251,3 @@ def by_idempotency_key(session: Session, project_id: str, key: str) -> Job | Non
 def running(session: Session) -> Sequence[Job]:
     """Every running job that a worker holds."""
     return session.scalars(select(Job).where(Job.state == JobState.RUNNING)).all()
-
-
-def waiting_classes(session: Session) -> set[str]:
-    """Slot classes for which a job could start now."""
-    return set(
-        session.scalars(
-            select(Job.slot_class)
-            .where(
-                Job.state == JobState.QUEUED,
-                Job.blocked_by == 0,
-                Job.paused_at.is_(None),
-                or_(Job.not_before.is_(None), Job.not_before <= now()),
-            )
-            .distinct()
-        )
-    )

@@ -6,6 +6,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
+from app.crashpoints import reached
 from app.db import after_commit
 from app.deps import After, Limit, Reader, RoomsDep, Submitter
 from app.jobs import controls, service
@@ -44,7 +45,10 @@ def create_job(
     """Stores the job and answers at once; a worker runs it. JSON, or YAML as `application/yaml`."""
     with rooms.database.write() as session:
         after_commit(session, rooms.doorbell.ring)
-        return service.Submission(session, rooms.settings, rooms.catalog, caller).submit(intake, idempotency_key)
+        job = service.Submission(session, rooms.settings, rooms.catalog, caller).submit(intake, idempotency_key)
+        reached("submit.before_commit")
+    reached("submit.after_commit")
+    return job
 
 
 @router.get("", summary="List jobs, newest first")
@@ -139,8 +143,10 @@ def cancel_job(job_id: str, response: Response, caller: Submitter, rooms: RoomsD
     """200: it had not started and is final now. 202: it runs and will be stopped."""
     with rooms.database.write() as session:
         job, final = controls.cancel(session, caller.project_id, job_id)
-        response.status_code = 200 if final else 202
-        return job
+        reached("cancel.before_commit")
+    reached("cancel.after_commit")
+    response.status_code = 200 if final else 202
+    return job
 
 
 @router.post("/{job_id}/pause", summary="Put a job on hold", responses={202: {"model": JobOut}})

@@ -18,7 +18,7 @@ from app.catalog import Catalog
 from app.deployments import repository as deployments
 from app.errors import BadRequest, Code, Conflict, IdempotencyKeyReused, InsufficientStorage, NotFound
 from app.files import repository as files
-from app.jobs import repository
+from app.jobs import claims, repository
 from app.jobs.intake import Intake, validate_spec
 from app.jobs.repository import Move
 from app.jobs.schemas import CheckpointOut, EventOut, JobOut, StepMetrics, by_step
@@ -135,6 +135,12 @@ class Submission:
             resolved_spec=resolved,
             slot_class="control" if isinstance(spec, DeploySpec) else self._catalog.slot_class(spec.type, algorithm),
             priority=spec.priority,
+            gpus=spec.resources.gpus,
+            min_vram_gb=spec.resources.min_vram_gb,
+            preemptible=spec.preemptible,
+            queue_seconds=spec.limits.queue_seconds,
+            wall_seconds=spec.limits.wall_seconds,
+            max_attempts=spec.retry.max_attempts,
             labels=spec.metadata,
             idem_key=idem[0],
             idem_sha256=idem[1] or None,
@@ -356,7 +362,7 @@ def existing(session: Session, project_id: str, job_id: str, param: str = "job_i
 def _shown(session: Session, rows: Sequence[Job]) -> list[JobOut]:
     ids = [row.id for row in rows]
     left, waits = repository.artifact_ids(session, ids), repository.parents(session, ids)
-    places = repository.queue_positions(session, rows)
+    places = claims.queue_positions(session, rows)
     return [JobOut.of(row, left[row.id], waits[row.id], places.get(row.id)) for row in rows]
 
 

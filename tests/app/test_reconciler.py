@@ -8,7 +8,7 @@ from sqlalchemy.exc import OperationalError
 
 from app.catalog import Catalog
 from app.db import Database
-from app.jobs import repository
+from app.jobs import claims, repository
 from app.models import Job, new_id, now
 from app.projects.repository import ensure_default
 from app.reconciler import Reconciler, reap
@@ -74,7 +74,7 @@ def running(database: Database) -> Callable[..., Job]:
             )
             repository.add(session, job)
         with database.write() as session:
-            claimed = repository.claim(session, "w", "light-0", ["light"])
+            claimed = claims.claim(session, "w", "light-0", ["light"])
         assert claimed is not None
         return claimed
 

@@ -21,6 +21,7 @@ class RecordingContext:
         self.work_dir = root / "work"
         self.checkpoint_dir = root / "checkpoints"
         self.catalog = catalog or Catalog()
+        self.prepared_dir: Path | None = None
         self.resume_from: Path | None = None
         self.stop_after: int | None = None
         self.events: list[dict[str, Any]] = []
@@ -61,6 +62,9 @@ class RecordingContext:
 
     def resolved(self, path: str, value: Any) -> None:
         self.resolutions[path] = value
+
+    def tick(self) -> None:
+        """Nobody watches."""
 
     def stop_requested(self) -> bool:
         return self.stop_after is not None and len(self.steps) >= self.stop_after

@@ -15,7 +15,7 @@ from sqlalchemy import select
 
 from app.catalog import discover
 from app.db import Database
-from app.jobs import repository
+from app.jobs import claims, repository
 from app.models import Job, JobEvent, Slot, Worker, new_id, now
 from app.processes import TOKEN, processes_with_token
 from app.projects.repository import ensure_default
@@ -118,7 +118,7 @@ def test_a_new_holder_takes_over_the_job_of_the_dead(
     claimed = []
     for worker_id, slot_id in (("old", "light-0"), ("old", "light-1"), ("far", "light-0")):
         with database.write() as session:
-            claimed.append(repository.claim(session, worker_id, slot_id, ["light"]))
+            claimed.append(claims.claim(session, worker_id, slot_id, ["light"]))
     mine, elsewhere, far = claimed
     assert mine
     assert elsewhere

@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from app.catalog import discover
 from app.db import Database
-from app.jobs import repository
+from app.jobs import claims, repository
 from app.models import Artifact, Checkpoint, Job, JobEvent, Metric, Slot, Worker, new_id, now
 from app.processes import kill_holders_of_slot, processes_with_token
 from app.projects.repository import ensure_default
@@ -23,7 +23,8 @@ from app.queue import SilentDoorbell
 from app.settings import Settings
 from app.storage import Published, Storage
 from tests.support import wait_for
-from workers.supervisor import House, Supervision, token_of
+from workers.child import token_of
+from workers.supervisor import House, Supervision
 
 Submit = Callable[..., Job]
 
@@ -137,7 +138,7 @@ def start(house: House, tmp_path: Path) -> Callable[..., Attempt]:
 def claim(house: House) -> Attempt:
     with house.database.write() as session:
         session.execute(Job.__table__.update().values(not_before=None))
-        job = repository.claim(session, house.worker_id, "light-0", ["light"])
+        job = claims.claim(session, house.worker_id, "light-0", ["light"])
     assert job is not None
     return Attempt(house, job)
 

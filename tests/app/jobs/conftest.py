@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import select
 
 from app.db import Database
-from app.jobs import repository
+from app.jobs import claims, repository
 from app.jobs.repository import Move
 from app.models import DEFAULT_PROJECT, Job, JobEvent, Project, Slot, Worker, new_id
 from app.projects.repository import ensure_default
@@ -59,7 +59,7 @@ def claim(database: Database, worker: str) -> Callable[..., Job | None]:
 
     def claim(worker_id: str = worker, **options: Any) -> Job | None:
         with database.write() as session:
-            return repository.claim(session, worker_id, "light-0", ["light"], **options)
+            return claims.claim(session, worker_id, "light-0", ["light"], **options)
 
     return claim
 

@@ -9,7 +9,7 @@ from sqlalchemy import update
 
 from app.db import Database
 from app.errors import Code, RunError
-from app.jobs import repository
+from app.jobs import claims, repository
 from app.models import Job, Slot, Worker
 from app.queue import SilentDoorbell
 from app.storage import Storage
@@ -28,7 +28,7 @@ def claim(database: Database) -> Callable[[], Job | None]:
 
     def claim() -> Job | None:
         with database.write() as session:
-            return repository.claim(session, WORKER, "light-0", ["light"])
+            return claims.claim(session, WORKER, "light-0", ["light"])
 
     return claim
 

@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from app.db import Database
 from app.errors import Code, RunError
-from app.jobs import repository
+from app.jobs import claims, repository
 from app.jobs.repository import Move
 from app.models import Artifact, Job, Metric, Slot, new_id, now
 from app.queue import SilentDoorbell
@@ -111,7 +111,7 @@ def test_queue_positions_follow_the_class(add: Add, database: Database) -> None:
         session.get_one(Job, ids["blocked"]).blocked_by = 1
     with database.read() as session:
         jobs = session.scalars(select(Job)).all()
-        places = repository.queue_positions(session, jobs)
+        places = claims.queue_positions(session, jobs)
     assert places == {ids["first"]: 1, ids["second"]: 2, ids["other"]: 1}
 
 
@@ -355,7 +355,7 @@ def _race(url: str, worker_id: str, start: Any, won: Any) -> None:
     start.wait(30)
     while True:
         with database.write() as session:
-            job = repository.claim(session, worker_id, "light-0", ["light"])
+            job = claims.claim(session, worker_id, "light-0", ["light"])
         if job is None:
             break
         won.put((job.id, worker_id, job.fence))

@@ -1,0 +1,113 @@
+"""A process of an attempt: how it is started, heard, and ended."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from app import crashpoints
+from app.models import Job
+from app.processes import LIFE_FD, TOKEN, kill_ladder
+from app.settings import Settings
+from workers.context import EVENTS, LOG
+from workers.journal import Tail
+from workers.ledger import Line
+
+PASSED_ON = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "XDG_CACHE_HOME",
+    "LD_LIBRARY_PATH",
+    crashpoints.VARIABLE,
+)
+_LOG_CAP = 256 << 20
+
+
+class Child:
+    """A process of an attempt: its life pipe, its log, its journal."""
+
+    def __init__(self, module: str, folder: Path, token: str, environment: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.token = token
+        self.tail = Tail(folder / EVENTS)
+        read_end, self._life = os.pipe()
+        # A file, not a pipe, takes the output: the end of this process neither blocks nor breaks the child.
+        with (folder / LOG).open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-m", module, str(folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=folder,
+                env={**environment, TOKEN: token, LIFE_FD: str(read_end), "SPT_NOENV": "1"},
+                pass_fds=[read_end],
+                start_new_session=True,
+            )
+        os.close(read_end)
+
+    def lines(self) -> list[Line]:
+        """What the child told since the last call."""
+        return list(self.tail.read())
+
+    def tick(self) -> None:
+        """Tells the child that its supervisor lives, and keeps its log bounded."""
+        with contextlib.suppress(OSError):
+            os.write(self._life, b".")
+        with contextlib.suppress(OSError):
+            log = self.folder / LOG
+            if log.stat().st_size > _LOG_CAP:
+                os.truncate(log, 0)
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM to the first process: it saves itself and exits 75."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+
+    def end(self, grace: float) -> None:
+        """Returns when no process of the attempt is left."""
+        kill_ladder(self.process, self.token, grace)
+
+    def close(self) -> None:
+        """Gives the life pipe back; whatever still holds its other end reads EOF."""
+        with contextlib.suppress(OSError):
+            os.close(self._life)
+
+    def log_tail(self, size: int = 4096) -> str:
+        """The end of its log."""
+        try:
+            with (self.folder / LOG).open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+                return file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+
+def environment(settings: Settings, gpu: str | None) -> dict[str, str]:
+    """A child's environment: a short list of ours, and what keeps libraries quiet."""
+    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    if gpu is not None:
+        passed["CUDA_VISIBLE_DEVICES"] = gpu
+    return {
+        **passed,
+        "PYTHONUNBUFFERED": "1",
+        # Threads that spin while they wait starve each other as soon as the cores are shared with an engine.
+        "GOMP_SPINCOUNT": "1000",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DO_NOT_TRACK": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
+
+
+def token_of(settings: Settings, job: Job, slot_id: str) -> str:
+    """Names an attempt so that no other installation's processes are ever hit."""
+    return f"{settings.instance}:{job.id}:{job.fence}:{slot_id}"
