@@ -207,7 +207,7 @@ class DatasetBlock(Spec):
 
     file: FileRef
     eval_file: FileRef | None = Field(None, description="Held-out rows; loss is measured on them.")
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "preference", "prompt"] = Field(
         "auto", description="Shape of a row; auto looks at the fields."
     )
 

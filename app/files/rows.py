@@ -6,34 +6,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from app.files.json_rows import Fault, Unit, kind, quote, read_objects
+from app.files.preferences import PREFERENCE_FIELDS, from_preference, from_prompt
+from app.files.turns import Message, RowError, field_of, items, message, sharegpt_turn, text
 
-Format = Literal["messages", "prompt_completion", "alpaca", "sharegpt"]
+Format = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "preference", "prompt"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-Message = dict[str, Any]
-"""``role`` (system, user, assistant, tool), ``content``, and where given ``weight``, ``tool_calls``, ``name``."""
-
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-    "system": "system",
-}
+CONVERSATIONS: frozenset[Format] = frozenset({"messages", "prompt_completion", "alpaca", "sharegpt"})
 PAIRS = (("prompt", "completion"), ("question", "answer"))
 
 
-class RowError(ValueError):
-    """A row that cannot be learnt from; ``line`` is 0 while the place is not known yet."""
+class Example(NamedTuple):
+    """A row: a conversation, or what comes before the two answers of a preference, or a prompt alone."""
 
-    def __init__(self, field: str, message: str, line: int = 0, unit: Unit = "line") -> None:
-        super().__init__(f"{unit} {line}: {field + ': ' if field else ''}{message}")
-        self.field = field
-        self.message = message
-        self.line = line
+    messages: list[Message]
+    chosen: list[Message] = []
+    rejected: list[Message] = []
 
 
 class Problem(NamedTuple):
@@ -67,6 +54,8 @@ class FileReport:
 
 def detect(row: Mapping[str, Any]) -> Format | None:
     """The shape of a row by its field names; None for a shape that we do not know."""
+    if any(good in row and bad in row for good, bad in PREFERENCE_FIELDS):
+        return "preference"
     if "messages" in row:
         return "messages"
     if "conversations" in row:
@@ -75,11 +64,24 @@ def detect(row: Mapping[str, Any]) -> Format | None:
         return "prompt_completion"
     if "instruction" in row and "output" in row:
         return "alpaca"
-    return None
+    return "prompt" if "prompt" in row else None
+
+
+def to_example(row: Mapping[str, Any], format: Format) -> Example:
+    """The row, checked. Raises RowError naming the field at fault."""
+    if format == "preference":
+        return Example(*from_preference(row))
+    if format == "prompt":
+        return Example(from_prompt(row))
+    return Example(to_messages(row, format))
 
 
 def to_messages(row: Mapping[str, Any], format: Format) -> list[Message]:
     """The row as a conversation. Raises RowError naming the field at fault."""
+    if format == "preference":
+        raise RowError("chosen", "chosen and rejected belong to preference training (reward, dpo), not here")
+    if format == "prompt":
+        raise RowError("prompt", "a prompt without an answer belongs to ppo and grpo; here an answer is needed")
     convert = {
         "messages": _from_messages,
         "prompt_completion": _from_pair,
@@ -90,8 +92,7 @@ def to_messages(row: Mapping[str, Any], format: Format) -> list[Message]:
     answers = [message for message in messages if message["role"] == "assistant"]
     name = "conversations" if format == "sharegpt" else "messages"
     if not answers:
-        hint = "; chosen and rejected belong to preference training" if {"chosen", "rejected"} <= row.keys() else ""
-        raise RowError(name, f"no assistant turn, so there is nothing to learn{hint}")
+        raise RowError(name, "no assistant turn, so there is nothing to learn")
     if len(answers) == len(messages):
         raise RowError(name, "only assistant turns; at least one message must come from someone else")
     if all(message.get("weight") == 0 for message in answers):
@@ -108,11 +109,13 @@ def check(path: Path, format: Format | Literal["auto"] = "auto", max_problems: i
         fault = row.fault
         if row.value is not None:
             try:
-                report.format, messages = _normalise(row.value, report.format)
+                report.format, example = _normalise(row.value, report.format)
             except RowError as error:
                 fault = Fault(error.field, error.message)
             else:
-                report.longest_row = max(report.longest_row, sum(len(message["content"]) for message in messages))
+                asked = sum(len(turn["content"]) for turn in example.messages)
+                answers = [sum(len(turn["content"]) for turn in part) for part in (example.chosen, example.rejected)]
+                report.longest_row = max(report.longest_row, asked + max(answers))
         if fault:
             report.bad_rows += 1
             if len(report.problems) < max_problems:
@@ -124,16 +127,44 @@ def check(path: Path, format: Format | Literal["auto"] = "auto", max_problems: i
 
 def read(path: Path, format: Format | Literal["auto"] = "auto") -> Iterator[list[Message]]:
     """The conversations of a file in order. Raises RowError with its place at the first bad row."""
+    return (example.messages for example in _examples(path, format, CONVERSATIONS))
+
+
+def read_pairs(path: Path) -> Iterator[Example]:
+    """The preferences of a file in order. Raises RowError with its place at the first row that is none."""
+    return _examples(path, "auto", frozenset({"preference"}))
+
+
+def read_prompts(path: Path, format: Format | Literal["auto"] = "auto") -> Iterator[list[Message]]:
+    """What each row asks: everything before its last answer. Raises RowError."""
+    for example in _examples(path, format, frozenset(FORMATS)):
+        turns = list(example.messages)
+        while turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+        yield turns
+
+
+def _examples(
+    path: Path, format: Format | Literal["auto"], wanted: frozenset[Format] = frozenset(FORMATS)
+) -> Iterator[Example]:
     shape: Format | None = None if format == "auto" else format
     for row in read_objects(path):
         if row.fault or row.value is None:
             fault = row.fault or Fault("", "no object")
             raise RowError(fault.field, fault.message, row.place, row.unit)
         try:
-            shape, messages = _normalise(row.value, shape)
+            if shape is None and detect(row.value) in FORMATS and detect(row.value) not in wanted:
+                _refuse(row.value, wanted)
+            shape, example = _normalise(row.value, shape)
         except RowError as error:
             raise RowError(error.field, error.message, row.place, row.unit) from None
-        yield messages
+        yield example
+
+
+def _refuse(row: Mapping[str, Any], wanted: frozenset[Format]) -> None:
+    if wanted == {"preference"}:
+        raise RowError("chosen", "is missing: each row needs a chosen and a rejected answer to the same prompt")
+    to_messages(row, detect(row) or "messages")  # says why
 
 
 def first_format(path: Path) -> Format | None:
@@ -141,138 +172,58 @@ def first_format(path: Path) -> Format | None:
     return next((detect(row.value) for row in read_objects(path) if row.value is not None), None)
 
 
-def _normalise(row: dict[str, Any], shape: Format | None) -> tuple[Format, list[Message]]:
+def _normalise(row: dict[str, Any], shape: Format | None) -> tuple[Format, Example]:
     found = detect(row)
     if shape is None:
         if found is None:
-            known = "messages, prompt + completion, instruction + output, or conversations"
+            known = "messages, prompt + completion, instruction + output, conversations, or chosen + rejected"
             raise RowError("", f"unknown shape: fields {quote(sorted(row))}; expected {known}")
         shape = found
     elif found not in (shape, None):
         raise RowError("", f"mixed shapes: this row is {found}, the file is {shape}")
-    return shape, to_messages(row, shape)
+    return shape, to_example(row, shape)
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
 def _from_messages(row: Mapping[str, Any]) -> list[Message]:
-    return [_message(turn, f"messages[{index}]") for index, turn in enumerate(_list(row, "messages"))]
-
-
-def _message(turn: Any, where: str) -> Message:
-    if not isinstance(turn, dict):
-        raise RowError(where, f"must be an object with role and content, not {kind(turn)}")
-    role = turn.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        known = ", ".join(ROLES)
-        what = "role is missing" if role is None else f"unknown role {quote(role)}"
-        raise RowError(f"{where}.role", f"{what}; known are {known}")
-    message: Message = {"role": ROLES[role]}
-    calls = turn.get("tool_calls")
-    if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
-        raise RowError(f"{where}.tool_calls", "must be a list of objects")
-    content = turn.get("content")
-    if isinstance(content, list):
-        content = _join_parts(content, f"{where}.content")
-    if content is None and calls:
-        content = ""
-    if content is None:
-        raise RowError(f"{where}.content", "content is missing")
-    message["content"] = _text(content, f"{where}.content", needed=role == "assistant" and not calls)
-    if calls:
-        message["tool_calls"] = calls
-    for key in ("name", "tool_call_id"):
-        if turn.get(key) is not None:
-            message[key] = _text(turn[key], f"{where}.{key}")
-    weight = turn.get("weight")
-    if weight is not None:
-        if isinstance(weight, bool) or weight not in (0, 1):
-            raise RowError(f"{where}.weight", f"must be 0 or 1, not {quote(weight)}")
-        message["weight"] = int(weight)
-    return message
-
-
-def _join_parts(parts: list[Any], where: str) -> str:
-    for index, part in enumerate(parts):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise RowError(f"{where}[{index}]", 'only text parts {"type": "text", "text": …} can be learnt from')
-    return "".join(part["text"] for part in parts)
+    return [message(turn, f"messages[{index}]") for index, turn in enumerate(items(row, "messages"))]
 
 
 def _from_pair(row: Mapping[str, Any]) -> list[Message]:
     prompt, completion = next((pair for pair in PAIRS if pair[0] in row or pair[1] in row), PAIRS[0])
     return [
-        {"role": "user", "content": _field(row, prompt, needed=True)},
-        {"role": "assistant", "content": _field(row, completion, needed=True)},
+        {"role": "user", "content": field_of(row, prompt, needed=True)},
+        {"role": "assistant", "content": field_of(row, completion, needed=True)},
     ]
 
 
 def _from_alpaca(row: Mapping[str, Any]) -> list[Message]:
     messages: list[Message] = []
     if row.get("system"):
-        messages.append({"role": "system", "content": _field(row, "system")})
+        messages.append({"role": "system", "content": field_of(row, "system")})
     history = row.get("history") or []
     if not isinstance(history, list):
         raise RowError("history", f"must be a list of [question, answer] pairs, not {kind(history)}")
     for index, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError(f"history[{index}]", "must be a pair [question, answer]")
-        messages.append({"role": "user", "content": _text(pair[0], f"history[{index}][0]")})
-        messages.append({"role": "assistant", "content": _text(pair[1], f"history[{index}][1]", needed=True)})
-    question = _field(row, "instruction")
-    more = _field(row, "input") if row.get("input") is not None else ""
+        messages.append({"role": "user", "content": text(pair[0], f"history[{index}][0]")})
+        messages.append({"role": "assistant", "content": text(pair[1], f"history[{index}][1]", needed=True)})
+    question = field_of(row, "instruction")
+    more = field_of(row, "input") if row.get("input") is not None else ""
     question = f"{question}\n{more}" if question and more else question or more
     if not question:
         raise RowError("instruction", "instruction and input are both empty")
-    answer = _field(row, "output", needed=True)
+    answer = field_of(row, "output", needed=True)
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> list[Message]:
     messages: list[Message] = []
     if row.get("system"):
-        messages.append({"role": "system", "content": _field(row, "system")})
-    for index, turn in enumerate(_list(row, "conversations")):
-        where = f"conversations[{index}]"
-        if not isinstance(turn, dict):
-            raise RowError(where, f"must be an object with from and value, not {kind(turn)}")
-        speaker = turn.get("from")
-        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-            what = "from is missing" if speaker is None else f"unknown speaker {quote(speaker)}"
-            raise RowError(f"{where}.from", f"{what}; known are {', '.join(SHAREGPT_ROLES)}")
-        role = SHAREGPT_ROLES[speaker]
-        if turn.get("value") is None:
-            raise RowError(f"{where}.value", "value is missing")
-        messages.append({"role": role, "content": _text(turn["value"], f"{where}.value", needed=role == "assistant")})
+        messages.append({"role": "system", "content": field_of(row, "system")})
+    for index, turn in enumerate(items(row, "conversations")):
+        messages.append(sharegpt_turn(turn, f"conversations[{index}]"))
     return messages
-
-
-def _list(row: Mapping[str, Any], name: str) -> list[Any]:
-    value = row.get(name)
-    if not isinstance(value, list):
-        raise RowError(name, "is missing" if value is None else f"must be a list, not {kind(value)}")
-    if not value:
-        raise RowError(name, "is empty")
-    return value
-
-
-def _field(row: Mapping[str, Any], name: str, *, needed: bool = False) -> str:
-    if row.get(name) is None:
-        raise RowError(name, "is missing")
-    return _text(row[name], name, needed=needed)
-
-
-def _text(value: Any, where: str, *, needed: bool = False) -> str:
-    if not isinstance(value, str):
-        raise RowError(where, f"must be a string, not {kind(value)}")
-    if needed and not value.strip():
-        raise RowError(where, "is empty, so there is nothing to learn")
-    if "\x00" in value:
-        raise RowError(where, "contains a NUL character")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise RowError(where, f"contains a lone surrogate at character {error.start + 1}") from None
-    return value

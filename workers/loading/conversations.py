@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 from app.catalog import RunContext
 from app.errors import Code, RunError
-from app.files.rows import Format, Message, RowError, first_format, read
+from app.files.rows import Format, first_format, read
+from app.files.turns import Message, RowError
 from workers.loading.companions import has_tokenizer
 
 IGNORED = -100

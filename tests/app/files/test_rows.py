@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.files import json_rows
-from app.files.rows import FileReport, RowError, check, detect, first_format, read, to_messages
+from app.files.rows import FileReport, check, detect, first_format, read, read_pairs, to_messages
+from app.files.turns import RowError
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 GOOD_LINE = json.dumps(GOOD).encode()
@@ -300,12 +301,20 @@ def test_reading_stops_at_the_first_bad_row_and_names_it(tmp_path: Path) -> None
         next(rows)
 
 
-def test_preference_rows_say_where_they_belong(tmp_path: Path) -> None:
-    row = {"conversations": [{"from": "human", "value": "a"}], "chosen": {}, "rejected": {}}
-    assert "preference training" in report_on_rows(tmp_path, row).problems[0].message
-
-
-FIELDS = ["messages", "role", "content", "weight", "prompt", "completion", "instruction", "output", "from", "value"]
+FIELDS = [
+    "messages",
+    "role",
+    "content",
+    "weight",
+    "prompt",
+    "completion",
+    "instruction",
+    "output",
+    "from",
+    "value",
+    "chosen",
+]
+FIELDS += ["rejected", "conversations", "input"]
 json_values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(st.characters(codec=None)),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS) | st.text(), inner, max_size=4),
@@ -341,7 +350,7 @@ def test_no_bytes_crash_the_check(tmp_path_factory: pytest.TempPathFactory, cont
         ("identity.json", "alpaca", 91, True),
         ("glaive_toolcall_en_demo.json", "sharegpt", 300, True),
         ("kto_en_demo.json", "messages", 300, True),
-        ("dpo_en_demo.json", "sharegpt", 300, False),
+        ("dpo_en_demo.json", "preference", 300, True),
     ],
 )
 def test_real_files_are_read(name: str, format: str, rows: int, good: bool) -> None:
@@ -352,4 +361,4 @@ def test_real_files_are_read(name: str, format: str, rows: int, good: bool) -> N
     assert (report.format, report.rows, report.ok) == (format, rows, good)
     assert first_format(folder / name) == format
     if good:
-        assert sum(1 for _ in read(folder / name)) == rows
+        assert sum(1 for _ in (read_pairs if format == "preference" else read)(folder / name)) == rows
