@@ -82,7 +82,19 @@ def load_base(
     if missing:
         # transformers fills them with random numbers and carries on.
         raise RunError(Code.MODEL_INVALID, f"{directory.name} lacks {len(missing)} tensors, e.g. {missing[0]}")
-    return model if quantization else model.to(compute.device)
+    return differentiable(model) if quantization else model.to(compute.device)
+
+
+def differentiable(model: Any) -> Any:
+    """The 4-bit model without bitsandbytes' CPU layout for inference, which the first evaluation would switch on.
+
+    That layout stays when training goes on, and its kernel passes no gradient back: the run would learn wrongly and say
+    nothing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def refuse_quantised(directory: Path, verb: str, reference: str) -> None:
@@ -100,8 +112,11 @@ def refuse_quantised(directory: Path, verb: str, reference: str) -> None:
     raise RunError(Code.QUANTISED_BASE, f"{reference} is stored quantised ({method}) and cannot be {verb}", hint=hint)
 
 
-def attach_adapter(model: Any, block: PeftBlock, ctx: RunContext) -> Any:
-    """Wraps a model with a fresh LoRA adapter in float32, on 4-bit weights too."""
+def attach_adapter(model: Any, block: PeftBlock, ctx: RunContext, *, task_type: str | None = None) -> Any:
+    """Wraps a model with a fresh LoRA adapter in float32, on 4-bit weights too.
+
+    ``task_type`` SEQ_CLS trains and stores the ``score`` head as well.
+    """
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -120,7 +135,7 @@ def attach_adapter(model: Any, block: PeftBlock, ctx: RunContext) -> Any:
         use_rslora=block.use_rslora,
         use_dora=block.use_dora,
         modules_to_save=block.modules_to_save,
-        task_type=block.task_type,
+        task_type=task_type or block.task_type,
     )
     try:
         model = get_peft_model(model, config)

@@ -1,0 +1,156 @@
+"""Reward models: learn which of two answers people prefer (Bradley-Terry, as in Ouyang et al. 2022)."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from app.catalog import Recipe, RunContext
+from app.errors import Code, RunError
+from app.specs import TrainSpec, conflict
+from workers.loading import (
+    Watch,
+    base_label,
+    canonical_adapter,
+    copy_companions,
+    load_tokenizer,
+    non_finite,
+    peak_memory,
+    reporter,
+    run_trainer,
+    set_threads,
+    training_arguments,
+    watched,
+    write_base_record,
+)
+from workers.loading.reward_model import load_pairs, load_trainable, scores
+from workers.loading.sampling import BatchOrder
+
+
+class RewardSpec(TrainSpec):
+    """Reward model from rows with a chosen and a rejected answer; PPO reads it from the registry."""
+
+    algorithm: Literal["reward"] = "reward"
+
+    @model_validator(mode="after")
+    def _pairs_only(self) -> Self:
+        if self.dataset.format not in ("auto", "preference"):
+            raise conflict("dataset.format", "a reward model learns from preferences", "Leave format out.")
+        if self.then:
+            raise conflict("then", "a reward model is judged with, not served", "Remove then; a ppo job takes it.")
+        return self
+
+
+def run(spec: RewardSpec, ctx: RunContext) -> None:
+    """Load, render, train, save."""
+    from transformers import set_seed
+    from trl import RewardConfig, RewardTrainer
+
+    set_threads()
+    ctx.phase("staging")
+    base = ctx.input("model.model_name_or_path")
+    info = ctx.input_info("model.model_name_or_path")
+    name = base_label(info, spec.model.model_name_or_path)
+    train_file = ctx.input("dataset.file")
+    eval_file = ctx.input("dataset.eval_file") if spec.dataset.eval_file else None
+
+    ctx.phase("loading")
+    set_seed(spec.training.seed)  # the head begins at random
+    tokenizer = load_tokenizer(base)
+    model, compute = load_trainable(base, spec.model, ctx)
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+    def dataset(path: Path, field: str) -> Any:
+        return load_pairs(path, tokenizer, max_length=spec.training.max_length, ctx=ctx, field=field)
+
+    watch = Watch()
+    full = spec.model.method == "full"
+
+    def tidy(folder: Path) -> None:
+        if not full:
+            canonical_adapter(folder, name)
+
+    trainer = _judging(watched(RewardTrainer, watch, lean_loss=False))(
+        model=model,
+        args=training_arguments(RewardConfig, spec.training, ctx, compute, max_length=None),
+        train_dataset=dataset(train_file, "dataset.file"),
+        eval_dataset=dataset(eval_file, "dataset.eval_file") if eval_file else None,
+        processing_class=tokenizer,
+        callbacks=[reporter(ctx, watch, save_total_limit=spec.training.save_total_limit, tidy=tidy)],
+    )
+
+    learning: dict[str, float | None] = {}
+    if eval_file:
+        ctx.phase("evaluating")
+        before = trainer.evaluate()
+        learning |= {"eval_loss_base": before["eval_loss"], "eval_accuracy_base": before["eval_accuracy"]}
+    run_trainer(trainer, ctx, watch)
+    if eval_file:
+        ctx.phase("evaluating")
+        after = trainer.evaluate()
+        learning |= {key: after[key] for key in ("eval_loss", "eval_accuracy", "eval_margin")}
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry and "accuracy" in entry]
+    learning |= {
+        "first_loss": logged[0]["loss"],
+        "final_loss": logged[-1]["loss"],
+        "train_loss": sum(entry["loss"] for entry in logged) / len(logged),
+        "train_accuracy": logged[-1]["accuracy"],
+    }
+
+    ctx.phase("saving")
+    folder = ctx.output("reward", name=spec.experiment_name, learning=learning)
+    trainer.model.save_pretrained(folder)
+    tidy(folder)
+    copy_companions(base, folder)
+    if not full:
+        quantization = spec.model.quantization_config
+        write_base_record(folder, base, name, quantization.bnb_4bit_quant_type if quantization else None)
+    bad = non_finite(folder)
+    if bad:
+        raise RunError(Code.NON_FINITE_WEIGHTS, f"{len(bad)} trained tensors hold NaN or infinity, e.g. {bad[0]}")
+    ctx.result(
+        **learning,
+        steps=trainer.state.global_step,
+        epochs=trainer.state.epoch,
+        trainable_parameters=sum(part.numel() for part in trainer.model.parameters() if part.requires_grad),
+        tokens_per_second=watch.tokens_per_second,
+        train_seconds=watch.seconds,
+        peak_memory_bytes=peak_memory(compute.device),
+        dtype=compute.dtype,
+        device=compute.device,
+    )
+
+
+def _judging(trainer: Any) -> Any:
+    """The trainer with scores read by the attention mask, and pairs of like length together."""
+    import torch
+
+    class Judging(trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            rows = train_dataset or self.train_dataset
+            lengths = [
+                max(len(good), len(bad)) for good, bad in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
+            ]
+            return BatchOrder(lengths, self.args.train_batch_size, self.args.seed)
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            mode = "train" if model.training else "eval"
+            rewards = scores(model, inputs["input_ids"], inputs["attention_mask"])
+            chosen, rejected = rewards.chunk(2)  # the collator puts all chosen answers first
+            loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+            metrics = self._metrics[mode]
+            metrics["accuracy"].append(float((chosen > rejected).float().mean()))
+            metrics["margin"].append(float((chosen - rejected).detach().mean()))
+            metrics["mean_reward"].append(float(rewards.detach().mean()))
+            return (loss, {"rewards": rewards}) if return_outputs else loss
+
+        def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            with torch.no_grad():
+                return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+    return Judging
+
+
+recipe = Recipe(RewardSpec, run)
