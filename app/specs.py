@@ -16,7 +16,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN, description="Letters, digits, 
 class RefTo:
     """Marks a string field that points to a model, an adapter or a file, so that the service can resolve it."""
 
-    def __init__(self, kind: Literal["model", "adapter", "file"]) -> None:
+    def __init__(self, kind: Literal["model", "adapter", "reward", "file"]) -> None:
         self.kind = kind
 
 
@@ -291,11 +291,14 @@ class TrainSpec(JobSpec):
     then: list[FollowUp] = Field(
         default_factory=list, max_length=3, description="Follow-ups, each a job of its own, in this order."
     )
+    learning_rates: ClassVar[tuple[float, float]] = (2e-4, 2e-5)
+    """Defaults with an adapter, and in full."""
 
     @model_validator(mode="after")
     def _fill_learning_rate(self) -> Self:
         if self.training.learning_rate is None:
-            self.training.learning_rate = 2e-5 if self.model.method == "full" else 2e-4
+            adapter, full = self.learning_rates
+            self.training.learning_rate = full if self.model.method == "full" else adapter
         return self
 
     @model_validator(mode="after")
