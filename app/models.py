@@ -113,6 +113,7 @@ class Job(Owned, Base):
         CheckConstraint("blocked_by >= 0", name="blocked_by"),
         Index("ix_job_project_created", "project_id", "created_at", "id"),
         Index("ix_job_claim", "state", "slot_class", "priority", "created_at"),
+        Index("ix_job_finished", "type", "state", "finished_at"),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     type: Mapped[str]
@@ -135,6 +136,8 @@ class Job(Owned, Base):
     memory_gb: Mapped[float | None]
     """What the run is estimated to need of one GPU; None = not known."""
     preemptible: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    preempt_for: Mapped[str | None] = mapped_column(index=True)
+    """The waiting job that this one was asked to make room for; until that one runs it goes first."""
     queue_seconds: Mapped[float | None]
     wall_seconds: Mapped[float | None]
     run_seconds: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))

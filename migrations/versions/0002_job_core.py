@@ -25,6 +25,7 @@ def _columns() -> list[sa.Column[Any]]:
         sa.Column("min_vram_gb", sa.Double(), nullable=True),
         sa.Column("memory_gb", sa.Double(), nullable=True),
         sa.Column("preemptible", sa.Boolean(), nullable=False, server_default=sa.text("false")),
+        sa.Column("preempt_for", sa.String(), nullable=True),
         sa.Column("queue_seconds", sa.Double(), nullable=True),
         sa.Column("wall_seconds", sa.Double(), nullable=True),
         sa.Column("run_seconds", sa.Double(), nullable=False, server_default=sa.text("0")),
@@ -40,6 +41,8 @@ def upgrade() -> None:
     for column in _columns():
         op.add_column("job", column)
     op.create_index("ix_job_pipeline_id", "job", ["pipeline_id"])
+    op.create_index("ix_job_preempt_for", "job", ["preempt_for"])
+    op.create_index("ix_job_finished", "job", ["type", "state", "finished_at"])
     op.create_index("ix_job_sweep_id", "job", ["sweep_id"])
     op.add_column(
         "slot", sa.Column("facts", sa.JSON(none_as_null=True), nullable=False, server_default=sa.text("'{}'"))
@@ -110,6 +113,8 @@ def downgrade() -> None:
         op.drop_table(table)
     op.drop_column("slot", "facts")
     op.drop_index("ix_job_sweep_id", "job")
+    op.drop_index("ix_job_finished", "job")
+    op.drop_index("ix_job_preempt_for", "job")
     op.drop_index("ix_job_pipeline_id", "job")
     for column in reversed(_columns()):
         op.drop_column("job", column.name)
