@@ -94,7 +94,8 @@ def environment(settings: Settings, gpu: str | None) -> dict[str, str]:
     """A child's environment: a short list of ours, and what keeps libraries quiet."""
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     if gpu is not None:
-        passed["CUDA_VISIBLE_DEVICES"] = gpu
+        # nvidia-smi, by which slots are numbered, counts by bus; CUDA by itself counts the fastest first.
+        passed |= {"CUDA_VISIBLE_DEVICES": gpu, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     return {
         **passed,
         "PYTHONUNBUFFERED": "1",

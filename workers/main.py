@@ -26,7 +26,7 @@ from app.reconciler import Reconciler
 from app.schema import require_head
 from app.settings import Settings
 from app.storage import Storage
-from workers.slots import SlotLock, SlotThread, register, slots_of
+from workers.slots import SlotThread, gpus, lock_all, register, slots_of
 from workers.supervisor import House
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,11 @@ class SlotWorker:
             worker_id=f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}",
             stopping=threading.Event(),
         )
-        slots = slots_of(settings)
-        self._locks = [SlotLock(settings, slot_id) for slot_id, _ in slots]
-        register(self.house, slots)
-        self.threads = [SlotThread(self.house, slot_id, slot_class) for slot_id, slot_class in slots]
+        found = gpus()
+        places = slots_of(settings, found)
+        self._locks = lock_all(settings, places)
+        register(self.house, places, found)
+        self.threads = [SlotThread(self.house, place) for place in places]
         self._reconciler = Reconciler(settings, database, self.house.catalog, self.house.doorbell)
         self._pulse = threading.Thread(target=self._beat, name="pulse", daemon=True)
 

@@ -35,7 +35,16 @@ EXIT_FAILED = 1
 EXIT_START_TIMEOUT = 3
 
 # What an engine may see of our environment; the rest comes from attempt.json.
-PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+PASSED_ON = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "XDG_CACHE_HOME",
+    "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
+)
 LOG_TAIL = 4096
 LONGEST_SOCKET = 107
 _TICK = 0.1

@@ -1,6 +1,5 @@
 """Slots: places where jobs run. One thread each, which claims, supervises, and claims again."""
 
-import contextlib
 import fcntl
 import logging
 import os
@@ -9,13 +8,16 @@ import shutil
 import socket
 import subprocess
 import threading
-from typing import IO
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import IO, Any, NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.crashpoints import reached
 from app.jobs import claims
+from app.jobs.placement import ON_A_GPU
 from app.models import Job, Slot, Worker, now
 from app.processes import kill_holders_of_slot
 from app.reconciler import reap
@@ -26,6 +28,7 @@ from workers.supervisor import House, Supervision
 
 log = logging.getLogger(__name__)
 IDLE_SECONDS = 5.0
+_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits")
 
 
 class SlotTaken(RuntimeError):
@@ -57,33 +60,69 @@ class SlotLock:
         self._file.close()
 
 
-def count_gpus() -> int:
-    """GPUs that the NVIDIA driver sees; 0 without it."""
+class Place(NamedTuple):
+    """A slot of this machine and what is known of it."""
+
+    slot_id: str
+    slot_class: str
+    facts: Mapping[str, Any] = MappingProxyType({})
+
+
+def gpus() -> list[dict[str, Any]]:
+    """GPUs that the NVIDIA driver sees, as ``gpu`` (its index), ``name`` and ``vram_gb`` (10⁹ bytes); none without."""
     if shutil.which("nvidia-smi") is None:
-        return 0
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
-        return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
-    return 0
+        return []
+    try:
+        listing = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [_gpu(line) for line in listing.splitlines() if line[:1].isdigit()]
 
 
-def slots_of(settings: Settings) -> list[tuple[str, str]]:
-    """Slot ids and classes of this machine."""
-    if settings.slots is not None:
-        return parse_slots(settings.slots)
-    gpus = count_gpus()
-    return parse_slots(f"gpu:{gpus},light:1" if gpus else "train:1,serve:2,light:1")
+def _gpu(line: str) -> dict[str, Any]:
+    index, _, rest = line.partition(",")
+    name, _, mebibytes = rest.rpartition(",")
+    facts: dict[str, Any] = {"gpu": int(index), "name": name.strip()}
+    # "[N/A]" where the driver does not know, as with memory that GPU and CPU share.
+    return facts | ({"vram_gb": round(int(mebibytes) * 1.048576e-3, 1)} if mebibytes.strip().isdigit() else {})
+
+
+def slots_of(settings: Settings, found: Sequence[Mapping[str, Any]]) -> list[Place]:
+    """Slots of this machine, which has the GPUs ``found``: sub-slots where GPUs are shared, the last ones reserved."""
+    default = f"gpu:{len(found)},light:1" if found else "train:1,serve:2,light:1"
+    plain = parse_slots(settings.slots if settings.slots is not None else default)
+    known = {gpu["gpu"]: gpu for gpu in found}
+    many = sum(slot_class == "gpu" for _, slot_class in plain)
+    places: list[Place] = []
+    for slot_id, slot_class in plain:
+        if slot_class != "gpu":
+            places.append(Place(slot_id, slot_class, {}))
+            continue
+        index = int(slot_id.partition("-")[2])
+        facts = {"gpu": index, **known.get(index, {})}
+        if index >= many - settings.reserved_slots:
+            places.append(Place(slot_id, slot_class, {**facts, "reserved": True}))
+        elif settings.share_gpu > 1:
+            places += [Place(f"{slot_id}.{part}", slot_class, facts) for part in range(settings.share_gpu)]
+        else:
+            places.append(Place(slot_id, slot_class, facts))
+    return places
+
+
+def lock_all(settings: Settings, places: Sequence[Place]) -> list[SlotLock]:
+    """Takes every slot; the sub-slots of a GPU as one. Raises SlotTaken."""
+    return [SlotLock(settings, name) for name in dict.fromkeys(place.slot_id.partition(".")[0] for place in places)]
 
 
 class SlotThread(threading.Thread):
     """Claims and supervises, one job at a time. The children die with this thread, so it lives as long as they do."""
 
-    def __init__(self, house: House, slot_id: str, slot_class: str) -> None:
-        super().__init__(name=f"slot-{slot_id}")
+    def __init__(self, house: House, place: Place) -> None:
+        super().__init__(name=f"slot-{place.slot_id}")
         self.house = house
-        self.slot_id = slot_id
-        self.classes = ("train", "serve") if slot_class == "gpu" else (slot_class,)
-        self.gpu = slot_id.partition("-")[2] if slot_class == "gpu" else None
+        self.slot_id = place.slot_id
+        self.classes = ON_A_GPU if place.slot_class == "gpu" else (place.slot_class,)
+        self.has_gpu = place.slot_class == "gpu"
         self.bell = threading.Event()
 
     def run(self) -> None:
@@ -114,19 +153,35 @@ class SlotThread(threading.Thread):
         supervision = ReplicaSupervision if job.type == "serve" else Supervision
         log.info("%s: %s %s, attempt %d", self.name, job.type, job.id, job.attempt)
         try:
-            supervision(self.house, job, self.slot_id, self.gpu).run()
+            supervision(self.house, job, self.slot_id, self._devices(job)).run()
         except Exception:
             # Whatever went wrong here, the slot lives on. Nobody beats for the job now, so it is reaped and run again.
             log.exception("%s: supervising %s failed", self.name, job.id)
 
+    def _devices(self, job: Job) -> str | None:
+        """``CUDA_VISIBLE_DEVICES`` of the job: every GPU that it was given. None without GPUs."""
+        if not self.has_gpu:
+            return None
+        if job.gpus == 0:
+            return ""
+        with self.house.database.read() as session:
+            given = dict.fromkeys(slot.facts["gpu"] for slot in claims.slots_of(session, job))
+        return ",".join(str(gpu) for gpu in given)
 
-def register(house: House, slots: list[tuple[str, str]]) -> None:
+
+def register(house: House, places: Sequence[Place], found: Sequence[Mapping[str, Any]] = ()) -> None:
     """Puts this worker and its slots into the database, and takes over what dead workers left on its slots."""
     host = socket.gethostname()
-    for slot_id, _ in slots:
-        kill_holders_of_slot(house.settings.instance, slot_id)
+    for place in places:
+        kill_holders_of_slot(house.settings.instance, place.slot_id)
+    facts = {
+        "instance": house.settings.instance,
+        "gpus": [dict(gpu) for gpu in found],
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+    }
     with house.database.write() as session:
-        taken = {slot_id for slot_id, _ in slots}
+        taken = {place.slot_id for place in places}
         dead = set(
             session.scalars(
                 select(Worker.id).where(
@@ -143,12 +198,13 @@ def register(house: House, slots: list[tuple[str, str]]) -> None:
                 id=house.worker_id,
                 host=host,
                 pid=os.getpid(),
-                facts={"instance": house.settings.instance, "slots": slots},
+                facts=facts,
             )
         )
         session.flush()
         session.add_all(
-            Slot(worker_id=house.worker_id, slot_id=slot_id, slot_class=slot_class) for slot_id, slot_class in slots
+            Slot(worker_id=house.worker_id, slot_id=place.slot_id, slot_class=place.slot_class, facts=dict(place.facts))
+            for place in places
         )
         orphans = session.scalars(
             select(Job).where(Job.state == JobState.RUNNING, Job.worker_id.in_(dead), Job.slot_id.in_(taken))

@@ -23,7 +23,7 @@ from app.queue import SilentDoorbell
 from app.settings import Settings, parse_slots
 from app.storage import Storage
 from tests.support import on_sqlite, wait_for
-from workers.slots import SlotLock, SlotTaken, SlotThread, register, slots_of
+from workers.slots import Place, SlotLock, SlotTaken, SlotThread, gpus, lock_all, register, slots_of
 from workers.supervisor import House
 
 
@@ -55,20 +55,57 @@ def add(database: Database) -> Callable[..., str]:
     return add
 
 
-def test_slots_by_default_and_as_told(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ids(**changes: Any) -> list[str]:
-        return [slot_id for slot_id, _ in slots_of(Settings(data_dir=tmp_path, **changes))]
+NVIDIA_SMI = """#!/bin/sh
+[ "$1" = --query-gpu=index,name,memory.total ] && echo '0, NVIDIA H200, 143771' && echo '1, Odd, one, [N/A]'
+"""
 
-    assert ids(slots="train:1,light:2") == ["train-0", "light-0", "light-1"]
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert ids() == ["train-0", "serve-0", "serve-1", "light-0"]
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 'GPU 0: H200 (UUID: x)'\necho 'GPU 1: H200 (UUID: y)'\n")
-    fake.chmod(0o755)
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program that answers like the NVIDIA driver's, of two GPUs."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    assert ids() == ["gpu-0", "gpu-1", "light-0"]
-    fake.write_text("#!/bin/sh\nexit 9\n")
-    assert ids() == ["train-0", "serve-0", "serve-1", "light-0"]
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(NVIDIA_SMI)
+    fake.chmod(0o755)
+    return fake
+
+
+def places(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    return {place.slot_id: dict(place.facts) for place in slots_of(Settings(data_dir=tmp_path, **changes), gpus())}
+
+
+def test_slots_by_default_and_as_told(driver: Path, tmp_path: Path) -> None:
+    first = {"gpu": 0, "name": "NVIDIA H200", "vram_gb": 150.8}
+    second = {"gpu": 1, "name": "Odd, one"}
+    assert places(tmp_path, slots="train:1,light:2") == {"train-0": {}, "light-0": {}, "light-1": {}}
+    assert places(tmp_path) == {"gpu-0": first, "gpu-1": second, "light-0": {}}
+    driver.write_text("#!/bin/sh\nexit 9\n")
+    assert gpus() == []
+    assert list(places(tmp_path)) == ["train-0", "serve-0", "serve-1", "light-0"]
+    assert places(tmp_path, slots="gpu:1") == {"gpu-0": {"gpu": 0}}
+    driver.unlink()
+    assert gpus() == []
+
+
+def test_a_shared_gpu_has_sub_slots_and_a_reserved_one_has_not(driver: Path, tmp_path: Path) -> None:
+    first = {"gpu": 0, "name": "NVIDIA H200", "vram_gb": 150.8}
+    second = {"gpu": 1, "name": "Odd, one"}
+    assert places(tmp_path, share_gpu=2, reserved_slots=1) == {
+        "gpu-0.0": first,
+        "gpu-0.1": first,
+        "gpu-1": {**second, "reserved": True},
+        "light-0": {},
+    }
+
+
+@on_sqlite
+def test_the_sub_slots_of_a_gpu_have_one_holder(settings: Settings) -> None:
+    """However two workers share their GPUs, one GPU has one of them."""
+    held = lock_all(settings, [Place("gpu-0.0", "gpu"), Place("gpu-0.1", "gpu")])
+    assert len(held) == 1
+    with pytest.raises(SlotTaken, match="gpu-0"):
+        lock_all(settings, [Place("gpu-0", "gpu")])
+    held[0].release()
 
 
 @pytest.mark.parametrize("text", ["", "train", "train:x", "cook:1", "train:1;light:1", "light:0"])
@@ -109,7 +146,7 @@ def test_a_new_holder_takes_over_the_job_of_the_dead(
     make_house: Callable[[str], House], add: Callable[..., str], database: Database
 ) -> None:
     old, other = make_house("old"), make_house("other")
-    register(old, [("light-0", "light"), ("light-1", "light")])
+    register(old, [Place("light-0", "light"), Place("light-1", "light")])
     with database.write() as session:
         session.get_one(Worker, "old").host = socket.gethostname()
     ids = [add() for _ in range(3)]
@@ -123,7 +160,7 @@ def test_a_new_holder_takes_over_the_job_of_the_dead(
     assert mine
     assert elsewhere
     assert far
-    register(other, [("light-0", "light")])
+    register(other, [Place("light-0", "light")])
     with database.read() as session:
         jobs = {job.id: job for job in session.scalars(select(Job))}
         workers = {worker.id: worker.stopped_at for worker in session.scalars(select(Worker))}
@@ -150,7 +187,7 @@ def test_what_the_dead_left_running_is_ended(make_house: Callable[[str], House])
     ]
     processes = [subprocess.Popen(["sleep", "600"], env={TOKEN: token}, start_new_session=True) for token in tokens]
     try:
-        register(house, [("light-0", "light")])
+        register(house, [Place("light-0", "light")])
         assert processes[0].wait(10) == -signal.SIGKILL
         assert processes_with_token(tokens[1]) == [processes[1].pid]
         assert processes_with_token(tokens[2]) == [processes[2].pid]
@@ -163,8 +200,8 @@ def test_what_the_dead_left_running_is_ended(make_house: Callable[[str], House])
 @pytest.fixture
 def slot(make_house: Callable[[str], House]) -> Iterator[SlotThread]:
     house = make_house("w")
-    register(house, [("light-0", "light")])
-    thread = SlotThread(house, "light-0", "light")
+    register(house, [Place("light-0", "light")])
+    thread = SlotThread(house, Place("light-0", "light"))
     yield thread
     house.stopping.set()
     thread.bell.set()
