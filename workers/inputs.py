@@ -33,11 +33,12 @@ def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Jo
             continue
         found = _follow(session, settings, job.project_id, value, path)
         inputs[path] = _entry(found)
-        base = found.facts.get("base")
-        if base is not None:
-            base_entry = _entry(_follow(session, settings, job.project_id, base, path))
-            inputs[path] |= {"base_path": base_entry.get("path"), "base_hub": base_entry.get("hub")}
-            inputs.setdefault("base_model", base_entry)
+        root, between = _chain(session, settings, job.project_id, found, path)
+        if root is not found:
+            inputs[path]["under"] = [str(layer.folder) for layer in between]
+            inputs[f"{path}.base"] = _entry(root)
+            if job.type != "train":
+                inputs.setdefault("base_model", inputs[f"{path}.base"])
     return {
         "job_id": job.id,
         "type": job.type,
@@ -73,6 +74,15 @@ def _follow(session: Session, settings: Settings, project_id: str, value: str, p
     if found.job_id is not None:
         raise RunError(Code.MODEL_NOT_FOUND, f"{found.job_id} left no model", param=param)
     return found
+
+
+def _chain(
+    session: Session, settings: Settings, project_id: str, found: references.Resolved, param: str
+) -> tuple[references.Resolved, list[references.Resolved]]:
+    try:
+        return references.chain_of(session, settings, project_id, found, param=param)
+    except AppError as error:
+        raise RunError(Code.MODEL_NOT_FOUND, error.message, hint=error.hint, param=param) from error
 
 
 def _entry(found: references.Resolved) -> dict[str, Any]:

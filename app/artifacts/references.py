@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from app.artifacts import repository
+from app.artifacts import inspect, repository
 from app.errors import BadRequest, Code, NotFound
 from app.models import Artifact, Job
 from app.settings import Settings
@@ -19,6 +19,7 @@ from app.specs import RefTo
 from app.states import JobState
 from app.storage import Storage
 
+_LONGEST_CHAIN = 64
 _HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$")
 _NAME = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]{0,62})(?::v(\d{1,6}))?$")
 _REVISION = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
@@ -81,6 +82,24 @@ def resolve(
         if match[2]:
             raise NotFound(f"{param}: there is no model {value}", param=param, code=Code.MODEL_NOT_FOUND)
     return _hub(settings, value, revision, param)
+
+
+def chain_of(
+    session: Session, settings: Settings, project_id: str, found: Resolved, *, param: str
+) -> tuple[Resolved, list[Resolved]]:
+    """The model at the root of what an adapter was trained on, and the adapters between, oldest first.
+
+    For a whole model: itself, and none. Raises NotFound or BadRequest for a link that is gone.
+    """
+    between: list[Resolved] = []
+    root = found
+    while root.folder is not None and inspect.looks_like_adapter(root.folder) and root.facts.get("base"):
+        if root is not found:
+            between.insert(0, root)
+        if len(between) > _LONGEST_CHAIN:
+            raise BadRequest(f"{param}: more than {_LONGEST_CHAIN} adapters on each other", param=param)
+        root = resolve(session, settings, project_id, root.facts["base"], param=param)
+    return root, between
 
 
 def from_artifact(settings: Settings, artifact: Artifact) -> Resolved:

@@ -168,8 +168,10 @@ class Submission:
                 waits.append(found.job_id)
             elif found.folder and kind == "adapter":
                 check_adapter(found, path)
+            elif found.folder and kind == "reward":
+                check_reward(found, path)
             elif found.folder and isinstance(spec, TrainSpec):
-                check_base(found, spec, path)
+                self._check_start(spec, found, path)
         if isinstance(spec, DeploySpec):
             if spec.engine not in self._catalog.engines:
                 names = ", ".join(self._catalog.engines)
@@ -183,6 +185,13 @@ class Submission:
                     hint=f"Choose another name, or DELETE /deployments/{live.id} first.",
                 )
         return waits
+
+    def _check_start(self, spec: TrainSpec, found: references.Resolved, path: str) -> None:
+        """What a run starts from: a model, or an adapter whose base is known, which is folded into it first."""
+        project = self._caller.project_id
+        root, _ = references.chain_of(self._session, self._settings, project, found, param=path)
+        if root.folder is not None:
+            check_base(root, spec, path)
 
     def _check_source(self, spec: JobSpec, value: str, path: str) -> None:
         """A job that is named as an input must be of a kind that leaves one."""
@@ -227,10 +236,10 @@ def check_base(found: references.Resolved, spec: TrainSpec, path: str) -> None:
     assert found.folder is not None
     if inspect.looks_like_adapter(found.folder):
         raise BadRequest(
-            f"{path}: this is an adapter, not a model",
+            f"{path}: this is an adapter whose base is not known here",
             param=path,
             code=Code.MODEL_INVALID,
-            hint="Merge it first, and train on the merged model.",
+            hint="Merge it into its base first, and train on the merged model.",
         )
     config = inspect.read_json(found.folder / "config.json", path)
     purpose = {"lora": "LoRA here", "qlora": "QLoRA (it quantises by itself)", "full": "full fine-tuning"}
@@ -240,6 +249,24 @@ def check_base(found: references.Resolved, spec: TrainSpec, path: str) -> None:
         targets = spec.model.peft_config.module_names()
         if isinstance(targets, list):
             inspect.check_targets(shapes, targets, "model.peft_config.target_modules")
+
+
+def check_reward(found: references.Resolved, path: str) -> None:
+    """A reward model ends in one number instead of a vocabulary."""
+    assert found.folder is not None
+    if inspect.looks_like_adapter(found.folder):
+        config = inspect.read_json(found.folder / "adapter_config.json", path)
+        judges = config.get("task_type") == "SEQ_CLS"
+    else:
+        names = inspect.read_json(found.folder / "config.json", path).get("architectures")
+        judges = isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
+    if not judges:
+        raise BadRequest(
+            f"{path}: this is no reward model",
+            param=path,
+            code=Code.WRONG_KIND,
+            hint="Train one first: type train, algorithm reward, on rows with chosen and rejected answers.",
+        )
 
 
 def check_adapter(found: references.Resolved, path: str) -> None:

@@ -1,6 +1,7 @@
 """Bricks: what recipes, merges and operations share, so that each of them reads top to bottom."""
 
 from workers.loading.adapters import BASE_FILE, canonical_adapter, check_base, read_adapter, write_base_record
+from workers.loading.chain import Start, attach, check_layers, fold, folded, layer_digests, starting_point
 from workers.loading.companions import copy_companions, has_tokenizer
 from workers.loading.conversations import Encoded, encode, load_dataset, load_tokenizer, stop_tokens
 from workers.loading.devices import Compute, device_and_dtype, peak_memory, set_threads
@@ -17,18 +18,24 @@ __all__ = [
     "Effect",
     "MergeSpec",
     "Encoded",
+    "Start",
     "Watch",
+    "attach",
     "attach_adapter",
     "base_label",
     "canonical_adapter",
     "changed_tensors",
     "check_base",
+    "check_layers",
     "compare",
     "copy_companions",
     "device_and_dtype",
     "encode",
     "fingerprint",
+    "fold",
+    "folded",
     "has_tokenizer",
+    "layer_digests",
     "load_base",
     "load_dataset",
     "load_model",
@@ -42,6 +49,7 @@ __all__ = [
     "reporter",
     "run_trainer",
     "set_threads",
+    "starting_point",
     "sha256_files",
     "stop_tokens",
     "stored_dtype",

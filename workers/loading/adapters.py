@@ -1,6 +1,7 @@
 """Adapter folders: checked on the way in, canonical and portable on the way out."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ class Adapter(NamedTuple):
 
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    base: dict[str, str | None]
+    base: dict[str, Any]
     """``name`` and ``fingerprint`` of the base that it was trained on; empty for an adapter made elsewhere."""
 
 
@@ -62,12 +63,17 @@ def canonical_adapter(directory: Path, base_name: str) -> None:
     (directory / "README.md").unlink(missing_ok=True)  # peft's model card, which repeats the folder's path
 
 
-def write_base_record(directory: Path, base: Path, name: str, quantization: str | None = None) -> None:
+def write_base_record(
+    directory: Path, base: Path, name: str, quantization: str | None = None, layers: Sequence[str] = ()
+) -> None:
     """Notes in the adapter which weights it belongs to, so that a merge can tell another base.
 
-    ``quantization``: how those weights were rounded while it was trained (nf4, fp4), if at all.
+    ``quantization``: how those weights were rounded while it was trained (nf4, fp4), if at all. ``layers``: digests of
+    the adapters that were folded into ``base`` before.
     """
-    record = {"fingerprint": fingerprint(base), "name": name, "quantization": quantization}
+    record: dict[str, Any] = {"fingerprint": fingerprint(base), "name": name, "quantization": quantization}
+    if layers:
+        record["layers"] = list(layers)
     (directory / BASE_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 

@@ -14,11 +14,14 @@ from workers.loading import (
     Compute,
     Effect,
     MergeSpec,
+    attach,
     base_label,
     changed_tensors,
     check_base,
+    check_layers,
     compare,
     copy_companions,
+    folded,
     has_tokenizer,
     load_base,
     load_tokenizer,
@@ -48,6 +51,7 @@ def run(spec: MergeSpec, ctx: RunContext) -> None:
     adapter_dir, base_dir = ctx.input("adapter"), ctx.input("base_model")
     base_info, adapter_info = ctx.input_info("base_model"), ctx.input_info("adapter")
     adapter = read_adapter(adapter_dir)
+    layers = [Path(layer) for layer in adapter_info.get("under", ())] if not spec.base_model else []
     name = base_label(base_info, spec.base_model or adapter.base.get("name") or base_dir.name)
     refuse_quantised(base_dir, "merged into", name)
     check_base(adapter, base_dir, name, allow_mismatch=spec.allow_base_mismatch)
@@ -55,15 +59,17 @@ def run(spec: MergeSpec, ctx: RunContext) -> None:
         ctx.event(
             "base_unproved", "the adapter does not say which weights it was trained on; only shapes were compared"
         )
+    if not spec.allow_base_mismatch:
+        check_layers(adapter.base, layers)
     before = tensor_headers(base_dir)
     dtype = spec.torch_dtype or stored_dtype(before)
 
     ctx.phase("merging")
-    model = load_base(base_dir, EXACT)
+    model = folded(base_dir, layers)
     tokenizer_dir = next((folder for folder in (adapter_dir, base_dir) if has_tokenizer(folder)), base_dir)
     prompts = prompt_ids(load_tokenizer(tokenizer_dir))
     base_logits = logits(model, prompts)
-    model = _attach(model, adapter_dir)
+    model = attach(model, adapter_dir)
     tuned_logits = logits(model, prompts)
     folder = ctx.output("model", name=spec.output_name or spec.experiment_name)
     _save(model, folder, dtype)
@@ -76,7 +82,8 @@ def run(spec: MergeSpec, ctx: RunContext) -> None:
     bad = non_finite(folder)
     if bad:
         raise RunError(Code.NON_FINITE_WEIGHTS, f"{len(bad)} merged tensors hold NaN or infinity, e.g. {bad[0]}")
-    touched = _check_tensors(base_dir, folder, adapter.tensors)
+    tensors = {name for part in (*map(read_adapter, layers), adapter) for name in part.tensors}
+    touched = _check_tensors(base_dir, folder, tensors)
     effect = compare(tuned_logits, base_logits, logits(load_base(folder, EXACT), prompts))
     verdict = _judge(effect, dtype, ctx)
     certificate = {
@@ -92,6 +99,7 @@ def run(spec: MergeSpec, ctx: RunContext) -> None:
             "trained_on": adapter.base.get("quantization") or ("unquantised" if adapter.base else "unknown"),
             "sha256": sha256_files(adapter_dir.glob("*.safetensors")),
         },
+        "layers": [{"sha256": sha256_files(layer.glob("*.safetensors"))} for layer in layers],
         "base": {
             "name": name,
             "artifact_id": base_info.get("artifact_id"),
@@ -107,17 +115,6 @@ def run(spec: MergeSpec, ctx: RunContext) -> None:
     (folder / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n")
     weights = sum(tensor.bytes for tensor in tensor_headers(folder).values())
     ctx.result(certificate=certificate, weight_bytes=weights)
-
-
-def _attach(model: Any, adapter_dir: Path) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, adapter_dir)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise RunError(
-            Code.BASE_MISMATCH, f"the adapter does not fit the base: {error}"[:1000], param="adapter"
-        ) from error
 
 
 def _save(model: Any, folder: Path, dtype: Dtype) -> None:

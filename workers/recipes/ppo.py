@@ -15,14 +15,16 @@ from app.catalog import Recipe, RunContext
 from app.errors import Code, RunError
 from app.specs import MODEL_GRAMMAR, RefTo, Spec, TrainSpec
 from workers.loading import (
-    base_label,
     canonical_adapter,
     copy_companions,
+    fold,
+    layer_digests,
     load_model,
     load_tokenizer,
     non_finite,
     peak_memory,
     set_threads,
+    starting_point,
     stop_tokens,
     write_base_record,
 )
@@ -77,11 +79,10 @@ def run(spec: PpoSpec, ctx: RunContext) -> None:
 
     set_threads()
     ctx.phase("staging")
-    base = ctx.input("model.model_name_or_path")
-    name = base_label(ctx.input_info("model.model_name_or_path"), spec.model.model_name_or_path)
+    start = starting_point(ctx, "model.model_name_or_path", spec.model.model_name_or_path)
+    base, name = start.folder, start.name
     reward_dir = ctx.input("reward_model")
-    reward_info = ctx.input_info("reward_model")
-    reward_base = ctx.input("base_model") if reward_info.get("base_path") or reward_info.get("base_hub") else None
+    reward_base = _reward_base(ctx)
     prompts_file = ctx.input("dataset.file")
 
     ctx.phase("loading")
@@ -130,7 +131,8 @@ def run(spec: PpoSpec, ctx: RunContext) -> None:
     copy_companions(base, folder)
     if not full:
         quantization = spec.model.quantization_config
-        write_base_record(folder, base, name, quantization.bnb_4bit_quant_type if quantization else None)
+        rounded = quantization.bnb_4bit_quant_type if quantization else None
+        write_base_record(folder, start.root, name, rounded, layer_digests(start.layers))
     bad = non_finite(folder)
     if bad:
         raise RunError(Code.NON_FINITE_WEIGHTS, f"{len(bad)} trained tensors hold NaN or infinity, e.g. {bad[0]}")
@@ -144,6 +146,19 @@ def run(spec: PpoSpec, ctx: RunContext) -> None:
         dtype=compute.dtype,
         device=compute.device,
     )
+
+
+def _reward_base(ctx: RunContext) -> Path | None:
+    """What the reward model's adapter was trained on; None for one that is whole."""
+    if not ctx.input_info("reward_model.base"):
+        return None
+    root = ctx.input("reward_model.base")
+    layers = [Path(layer) for layer in ctx.input_info("reward_model").get("under", ())]
+    if not layers:
+        return root
+    folder = ctx.work_dir / "judge"
+    fold(root, layers, root.name, folder)
+    return folder
 
 
 def ppo_settings(spec: PpoSpec, prompts: int) -> PpoSettings:

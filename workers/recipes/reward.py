@@ -10,15 +10,16 @@ from app.errors import Code, RunError
 from app.specs import TrainSpec, conflict
 from workers.loading import (
     Watch,
-    base_label,
     canonical_adapter,
     copy_companions,
+    layer_digests,
     load_tokenizer,
     non_finite,
     peak_memory,
     reporter,
     run_trainer,
     set_threads,
+    starting_point,
     training_arguments,
     watched,
     write_base_record,
@@ -48,9 +49,8 @@ def run(spec: RewardSpec, ctx: RunContext) -> None:
 
     set_threads()
     ctx.phase("staging")
-    base = ctx.input("model.model_name_or_path")
-    info = ctx.input_info("model.model_name_or_path")
-    name = base_label(info, spec.model.model_name_or_path)
+    start = starting_point(ctx, "model.model_name_or_path", spec.model.model_name_or_path)
+    base, name = start.folder, start.name
     train_file = ctx.input("dataset.file")
     eval_file = ctx.input("dataset.eval_file") if spec.dataset.eval_file else None
 
@@ -104,7 +104,8 @@ def run(spec: RewardSpec, ctx: RunContext) -> None:
     copy_companions(base, folder)
     if not full:
         quantization = spec.model.quantization_config
-        write_base_record(folder, base, name, quantization.bnb_4bit_quant_type if quantization else None)
+        rounded = quantization.bnb_4bit_quant_type if quantization else None
+        write_base_record(folder, start.root, name, rounded, layer_digests(start.layers))
     bad = non_finite(folder)
     if bad:
         raise RunError(Code.NON_FINITE_WEIGHTS, f"{len(bad)} trained tensors hold NaN or infinity, e.g. {bad[0]}")

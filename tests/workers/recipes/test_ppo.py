@@ -185,8 +185,13 @@ def judge_dir(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
 
 
 def context(root: Path, base: Path, prompts: Path, judge: Path) -> RecordingContext:
-    inputs = {"model.model_name_or_path": base, "dataset.file": prompts, "reward_model": judge, "base_model": base}
-    info = {"model.model_name_or_path": {"name": "tiny"}, "reward_model": {"base_path": str(base)}}
+    inputs = {
+        "model.model_name_or_path": base,
+        "dataset.file": prompts,
+        "reward_model": judge,
+        "reward_model.base": base,
+    }
+    info = {"model.model_name_or_path": {"name": "tiny"}, "reward_model.base": {"name": "tiny"}}
     return RecordingContext(root, inputs, info)
 
 

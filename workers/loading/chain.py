@@ -1,0 +1,101 @@
+"""Chains: an adapter trained on top of adapters. Those below are folded into the root, each once, in float32."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from app.catalog import RunContext
+from app.errors import Code, RunError
+from workers.loading.adapters import CONFIG_FILE, read_adapter
+from workers.loading.adapters import check_base as check_fit
+from workers.loading.companions import copy_companions, has_tokenizer
+from workers.loading.devices import Compute
+from workers.loading.models import base_label, load_base, refuse_quantised
+from workers.loading.weights import sha256_files
+
+EXACT = Compute("cpu", "float32")
+
+
+class Start(NamedTuple):
+    """What a run trains on."""
+
+    folder: Path
+    """Weights, config and tokenizer; no adapter."""
+    name: str
+    root: Path
+    """The model at the bottom; ``folder`` itself when nothing had to be folded."""
+    layers: tuple[Path, ...]
+    """Adapters that were folded into it, oldest first."""
+
+
+def starting_point(ctx: RunContext, field: str, reference: str) -> Start:
+    """The model behind a reference; an adapter is folded into its base first. Raises RunError."""
+    given, info = ctx.input(field), ctx.input_info(field)
+    name = base_label(info, reference)
+    if not (given / CONFIG_FILE).is_file() or (given / "config.json").is_file():
+        return Start(given, name, given, ())
+    if not ctx.input_info(f"{field}.base"):
+        raise RunError(
+            Code.BAD_SPEC,
+            f"{given.name} is an adapter, and its base is not known",
+            hint="merge it into its base first and name the merged model",
+            param=field,
+        )
+    root = ctx.input(f"{field}.base")
+    layers = (*map(Path, info.get("under", ())), given)
+    folder = ctx.work_dir / "start"
+    ctx.event("adapters_folded", f"{len(layers)} adapters are folded into their base to start from", layers=len(layers))
+    fold(root, layers, name, folder)
+    return Start(folder, name, root, layers)
+
+
+def fold(root: Path, layers: Sequence[Path], name: str, target: Path) -> None:
+    """Writes root plus adapters as a float32 model with the newest tokenizer among them. Raises RunError."""
+    refuse_quantised(root, "trained on", name)
+    model = folded(root, layers)
+    target.mkdir()
+    model.save_pretrained(target)
+    tokenizer = next((folder for folder in (*reversed(layers), root) if has_tokenizer(folder)), root)
+    copy_companions(root, target, tokenizer=tokenizer == root)
+    if tokenizer != root:
+        copy_companions(tokenizer, target, others=False)
+
+
+def folded(root: Path, layers: Sequence[Path]) -> Any:
+    """Root plus adapters in memory, float32 on the CPU. Raises RunError base_mismatch, adapter_invalid."""
+    model = load_base(root, EXACT)
+    for number, layer in enumerate(layers):
+        adapter = read_adapter(layer)
+        check_fit(adapter, root, root.name)
+        check_layers(adapter.base, layers[:number])
+        model = attach(model, layer).merge_and_unload(safe_merge=False)
+    return model
+
+
+def attach(model: Any, adapter: Path) -> Any:
+    """The model with an adapter on it. Raises RunError base_mismatch."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise RunError(
+            Code.BASE_MISMATCH, f"the adapter does not fit the base: {error}"[:1000], param="adapter"
+        ) from error
+
+
+def layer_digests(layers: Sequence[Path]) -> list[str]:
+    """What identifies each adapter: the sha256 of its weights."""
+    return [";".join(sorted(sha256_files(layer.glob("*.safetensors")).values())) for layer in layers]
+
+
+def check_layers(record: dict[str, Any], layers: Sequence[Path]) -> None:
+    """Raises RunError base_mismatch unless these are the adapters that lay below when this one was trained."""
+    recorded = record.get("layers") or []
+    if recorded != layer_digests(layers) and (record or layers):
+        raise RunError(
+            Code.BASE_MISMATCH,
+            f"the adapter was trained on top of {len(recorded)} other adapters, and {len(layers)} are at hand",
+            hint="name the adapter by its registered name or artifact id, so that its whole chain is known",
+            param="adapter",
+        )
