@@ -46,7 +46,7 @@ def claim(
             if job is not None:
                 return job
         elif device in board.kept(need) and best_for(need, _others(session, board, at)) is board:
-            return None
+            return None  # it waits for this device
     return None
 
 

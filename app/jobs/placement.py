@@ -143,6 +143,8 @@ class Board:
 
     def kept(self, need: Need) -> list[Device]:
         """The devices that are kept free for a job that waits for several of them, or for a whole one."""
+        if self.place(need):
+            return []
         for group in self._groups(need):
             if len(group) >= need.devices:
                 return sorted(group, key=lambda device: len(device.holders))[: need.devices]
