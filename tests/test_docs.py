@@ -10,7 +10,7 @@ from app import errors
 from app.catalog import discover
 from app.cli import app
 from app.errors import AppError, Code
-from app.files.rows import check
+from app.files.rows import FORMATS, check
 from app.jobs.intake import read_spec
 from app.settings import Settings
 
@@ -42,7 +42,7 @@ def test_the_specs_on_the_training_page_are_taken() -> None:
 
 def test_the_rows_on_the_training_page_can_be_learnt_from(tmp_path: Path) -> None:
     shapes = re.findall(r"^\| `(\w+)` \| `(\{.*?\})`", (ROOT / "docs/train.md").read_text(), re.MULTILINE)
-    assert [name for name, _ in shapes] == ["messages", "prompt_completion", "alpaca", "sharegpt"]
+    assert [name for name, _ in shapes] == list(FORMATS)
     for name, row in shapes:
         path = tmp_path / f"{name}.jsonl"
         path.write_text(row + "\n")
