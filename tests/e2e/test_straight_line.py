@@ -150,6 +150,58 @@ def test_a_posted_job_becomes_a_model_that_an_openai_client_chats_with(
     wait_for(lambda: not processes_of_instance(settings.instance), 15)
 
 
+def test_preferences_become_a_served_model(client: Client, settings: Settings, tmp_path: Path) -> None:
+    """sft, a reward model on top of it, ppo against that, merge, validate, deploy: each names the one before."""
+    from openai import OpenAI
+
+    base = settings.model_roots[0] / "base-rlhf"
+    servable_model(base)
+    rows = [conversation(number) for number in range(60)]
+    talks, pairs = tmp_path / "talks.jsonl", tmp_path / "pairs.jsonl"
+    talks.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    wrong = {"role": "assistant", "content": "I pass."}
+    pairs.write_text(
+        "".join(json.dumps({"messages": row[:2], "chosen": row[2], "rejected": wrong}) + "\n" for row in rows)
+    )
+    talks_id, pairs_id = client.upload(talks)["id"], client.upload(pairs)["id"]
+    peft = {"target_modules": "all-linear", "lora_dropout": 0.0, "r": 4}
+
+    def train(algorithm: str, model: str, file_id: str, steps: int, **more: Any) -> dict[str, Any]:
+        block = {"model_name_or_path": model, "peft_config": peft}
+        training = {"max_steps": steps, "learning_rate": 5e-3}
+        body = {"type": "train", "algorithm": algorithm, "experiment_name": f"rlhf_{algorithm}", "model": block}
+        return client.submit({**body, "dataset": {"file": file_id}, "training": training, **more})
+
+    sft = train("sft", str(base), talks_id, 10)
+    reward = train("reward", f"job:{sft['id']}", pairs_id, 10, dataset={"file": pairs_id, "eval_file": pairs_id})
+    ppo = train(
+        "ppo",
+        f"job:{sft['id']}",
+        pairs_id,
+        2,
+        reward_model=f"job:{reward['id']}",
+        ppo={"response_length": 8},
+        then=["merge", "validate", "deploy"],
+    )
+    assert succeeded(client, reward)["result"]["eval_accuracy"] > 0.9
+    assert succeeded(client, ppo)["result"]["steps"] == 2
+    after = {job["type"]: job for job in client.call("GET", "/jobs")["data"] if job["experiment_name"] == "rlhf_ppo"}
+    certificate = succeeded(client, after["merge"])["result"]["certificate"]
+    assert len(certificate["layers"]) == 1, "the sft adapter lies below"
+    assert succeeded(client, after["validate"])["result"]["report"]["ok"]
+    deployed = succeeded(client, after["deploy"])["result"]
+    lineage = client.call("GET", f"/artifacts/{succeeded(client, ppo)['artifact_ids'][0]}")
+    assert [link.split(":")[0] for link in lineage["base_chain"][1:]] == ["sft", "ppo"]
+
+    with OpenAI(base_url=f"{client.url}/v1", api_key=client.key, max_retries=0) as openai:
+        asked: Any = [{"role": "user", "content": "42"}]
+        answer = openai.chat.completions.create(model="rlhf_ppo", messages=asked, max_tokens=8)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens >= 1
+    client.call("DELETE", f"/deployments/{deployed['deployment_id']}")
+    wait_for(lambda: not processes_of_instance(settings.instance), 60)
+
+
 def greedy(folder: Path, messages: list[Any]) -> str:
     """What transformers answers in float32."""
     import torch
