@@ -39,6 +39,7 @@ class Flags:
     lost: bool = False
     cancel: bool = False
     pause: bool = False
+    preempt_for: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ class Ledger:
                 repository.heartbeat(session, self.job.id, self.worker_id, self.job.fence, values)
             if metrics:
                 _upsert_metrics(session, metrics)
-            flags = Flags(cancel=row.cancel_requested_at is not None, pause=row.pause_requested_at is not None)
+            flags = Flags(
+                cancel=row.cancel_requested_at is not None,
+                pause=row.pause_requested_at is not None,
+                preempt_for=row.preempt_for,
+            )
         if any(line["kind"] == "checkpoint" for line in lines):
             view.refresh_job(self._database, self._storage, self.job.id)
         return flags

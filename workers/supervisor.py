@@ -145,7 +145,7 @@ class Supervision:
             if flags.cancel:
                 child.end(_CANCEL_GRACE if stop_grace is None else stop_grace)
                 return flags
-            if self.house.stopping.is_set() or flags.pause:
+            if self.house.stopping.is_set() or flags.pause or flags.preempt_for:
                 if asked_at is None:
                     asked_at = now
                     child.ask_to_stop()
@@ -162,11 +162,11 @@ class Supervision:
         if flags.cancel:
             self.ledger.cancelled()
         else:
-            self._conclude(child, status, paused=flags.pause)
+            self._conclude(child, status, flags)
             # A cancellation that came after the last beat: every other way out of RUNNING refuses it.
             self.ledger.cancelled()
 
-    def _conclude(self, child: Child, status: int, *, paused: bool) -> None:
+    def _conclude(self, child: Child, status: int, flags: Flags) -> None:
         result = _result(self.folder)
         if result is not None and result.get("status") == "ok":
             try:
@@ -178,8 +178,11 @@ class Supervision:
                 self.ledger.fail(RunError(Code.STORAGE_ERROR, f"the result cannot be stored: {error}"), status)
         elif result is not None:
             self.ledger.fail(_error_of(result), status, result.get("result"))
-        elif paused:
+        elif flags.pause:
             self.ledger.requeue("job_paused", "On hold; resume puts it back.", give_back=True, exit_code=status)
+        elif flags.preempt_for:
+            message = f"Made room for {flags.preempt_for}; the job goes on when there is a slot again."
+            self.ledger.requeue("job_preempted", message, give_back=True, exit_code=status)
         elif status == states.EXIT_CHECKPOINTED or self.house.stopping.is_set():
             self.ledger.requeue(
                 "job_interrupted", "The worker is stopping; the job runs again.", give_back=True, exit_code=status
