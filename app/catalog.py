@@ -62,8 +62,12 @@ class RunContext(Protocol):
         """Numbers of one logged step."""
         ...
 
-    def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float]) -> None:
-        """A complete checkpoint folder is on disk."""
+    def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float], *, keep: int | None = None) -> None:
+        """A complete checkpoint folder is on disk; it is committed while the run goes on, then older ones are thinned.
+
+        The two newest keep everything, of older ones the weights stay: of ``keep`` checkpoints in all, and of the one
+        with the lowest ``eval_loss``; None = of all.
+        """
         ...
 
     def resolved(self, path: str, value: Any) -> None:

@@ -20,6 +20,7 @@ POINTS = frozenset(
         "checkpoint.before_complete",
         "checkpoint.after_complete",
         "checkpoint.before_row",
+        "checkpoint.thinned",
         "publish.before_manifest",
         "publish.before_rename",
         "publish.after_rename",

@@ -18,6 +18,8 @@ from app.errors import Code, RunError
 
 MANIFEST = "MANIFEST.json"
 COMPLETE = "COMPLETE.json"
+# What a run needs to go on and nobody else looks at; names in a checkpoint begin so.
+TRAINER_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "trainer_state")
 _CHUNK = 4 << 20
 
 
@@ -86,7 +88,7 @@ class Storage:
         return [name for name, entry in entries.items() if not _is_whole(folder / name, entry)]
 
     @staticmethod
-    def commit_checkpoint(folder: Path, step: int) -> int:
+    def commit_checkpoint(folder: Path, step: int, metrics: Mapping[str, float | None] | None = None) -> int:
         """Makes a checkpoint durable and says so in COMPLETE.json, written last. Returns its size in bytes."""
         entries: dict[str, dict[str, Any]] = {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash_and_sync(path)}
@@ -97,15 +99,43 @@ class Storage:
             sync_dir(inner)
         sync_dir(folder)
         reached("checkpoint.before_complete")
-        write_private(folder / COMPLETE, json.dumps({"step": step, "files": entries}, sort_keys=True).encode())
+        record = {"step": step, "files": entries, "metrics": dict(metrics or {}), "resumable": True}
+        write_private(folder / COMPLETE, json.dumps(record, sort_keys=True).encode())
         sync_dir(folder)
         sync_dir(folder.parent)
         reached("checkpoint.after_complete")
         return sum(entry["bytes"] for entry in entries.values())
 
     @staticmethod
+    def thin_checkpoint(folder: Path) -> None:
+        """Leaves weights, config and tokenizer; COMPLETE.json says so first, so that a crash leaves at most too much."""
+        record = json.loads((folder / COMPLETE).read_bytes())
+        kept = {name: entry for name, entry in record["files"].items() if not name.startswith(TRAINER_STATE)}
+        record |= {"files": kept, "resumable": False}
+        write_private(folder / COMPLETE, json.dumps(record, sort_keys=True).encode())
+        sync_dir(folder)
+        reached("checkpoint.thinned")
+        Storage.drop_trainer_state(folder)
+
+    @staticmethod
+    def drop_trainer_state(folder: Path) -> None:
+        """Deletes what only a resume would read."""
+        for path in folder.iterdir():
+            if path.name.startswith(TRAINER_STATE):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    @staticmethod
+    def checkpoint_record(folder: Path) -> dict[str, Any]:
+        """What COMPLETE.json says: ``step``, ``files``, ``metrics``, ``resumable``; empty without a readable one."""
+        try:
+            record = json.loads((folder / COMPLETE).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
+    @staticmethod
     def checkpoint_faults(folder: Path) -> list[str]:
-        """What keeps a checkpoint from being resumed; empty when every byte is as it was committed."""
+        """Names of files that are not as they were committed; of a thinned checkpoint those that should be left."""
         try:
             entries = json.loads((folder / COMPLETE).read_bytes())["files"]
             return [name for name, entry in entries.items() if not _is_whole(folder / name, entry)]

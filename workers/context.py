@@ -12,6 +12,7 @@ from typing import Any, Literal
 from app.catalog import ArtifactKind, Catalog
 from app.errors import Code, RunError
 from app.storage import Storage
+from workers.checkpoints import rotate
 from workers.journal import Journal, finite
 
 ATTEMPT = "attempt.json"
@@ -116,11 +117,11 @@ class JobContext:
         with (self._dir / "trainer_log.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
 
-    def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float]) -> None:
-        """See RunContext. Hashing and fsync run in a thread; one checkpoint at a time."""
+    def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float], *, keep: int | None = None) -> None:
+        """See RunContext. Hashing, fsync and rotation run in a thread; one checkpoint at a time."""
         self.settle()
         numbers = {name: finite(value) for name, value in metrics.items()}
-        self._committing = self._committer.submit(self._commit, path, step, numbers)
+        self._committing = self._committer.submit(self._commit, path, step, numbers, keep)
 
     def settle(self) -> None:
         """Waits for the checkpoint that is being committed. Raises what went wrong with it."""
@@ -128,8 +129,10 @@ class JobContext:
             committing, self._committing = self._committing, None
             committing.result()
 
-    def _commit(self, path: Path, step: int, numbers: Mapping[str, float | None]) -> None:
-        size = Storage.commit_checkpoint(path, step)
+    def _commit(self, path: Path, step: int, numbers: Mapping[str, float | None], keep: int | None) -> None:
+        size = Storage.commit_checkpoint(path, step, numbers)
+        # Before it is announced, so that whoever hears of it finds the others as they will stay.
+        rotate(self._dir.parent, int(self._dir.name[1:]), keep)
         self._journal.write("checkpoint", path=str(path), step=step, bytes=size, metrics=numbers)
 
     def resolved(self, path: str, value: Any) -> None:

@@ -54,6 +54,8 @@ def resume_point(storage: Storage, checkpoints: Sequence[Checkpoint]) -> tuple[P
     rejected: list[tuple[int, str]] = []
     for checkpoint in checkpoints:
         folder = storage.root / checkpoint.path
+        if storage.checkpoint_record(folder).get("resumable") is False:
+            continue  # its weights alone are left, as they should be
         faults = storage.checkpoint_faults(folder)
         if not faults:
             return folder, rejected

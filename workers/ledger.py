@@ -26,6 +26,7 @@ from app.models import Checkpoint, Job, Metric, new_id, now
 from app.queue import AnyDoorbell
 from app.states import JobState
 from app.storage import Published, Storage
+from workers.checkpoints import RESUMABLE, best_of
 
 Line = dict[str, Any]
 _LEVELS = ("info", "warn", "error")
@@ -128,10 +129,22 @@ class Ledger:
             return
         reached("checkpoint.before_row")
         relative = str(path.relative_to(self._storage.root))
+        metrics = line["metrics"] if isinstance(line.get("metrics"), dict) else {}
+        losses = [(step, metrics.get("eval_loss"))]
+        kept = []
         for old in repository.checkpoints(session, self.job.id):
             # An attempt that starts over reaches the same step again; and the run rotates its oldest away.
             if old.step == step or not (self._storage.root / old.path).is_dir():
                 session.delete(old)
+            else:
+                kept.append(old)
+                losses.append((old.step, old.metrics.get("eval_loss")))
+        best = best_of(losses)
+        for number, old in enumerate(kept):
+            old.best = old.step == best
+            if 0 < number <= RESUMABLE:  # thinned just now, or by the one before
+                files = self._storage.checkpoint_record(self._storage.root / old.path).get("files", {})
+                old.bytes = sum(entry["bytes"] for entry in files.values()) or old.bytes
         session.flush()
         session.add(
             Checkpoint(
@@ -141,7 +154,8 @@ class Ledger:
                 step=step,
                 path=relative,
                 bytes=line["bytes"],
-                metrics=line["metrics"] if isinstance(line.get("metrics"), dict) else {},
+                metrics=metrics,
+                best=step == best,
             )
         )
         values |= {"ckpt_ref": relative, "ckpt_step": step}

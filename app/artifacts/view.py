@@ -18,12 +18,12 @@ from sqlalchemy.orm import Session
 from app.artifacts import repository
 from app.db import Database
 from app.models import DEFAULT_PROJECT, Artifact, Checkpoint, Job
-from app.storage import Storage
+from app.storage import COMPLETE, TRAINER_STATE, Storage
 
 log = logging.getLogger(__name__)
 _FOLDERS = {"adapter": "adapters", "reward": "adapters", "model": "merged_models", "report": "reports"}
 # Optimizer, scheduler and RNG state are for resuming; people look for weights.
-_HIDDEN = ("optimizer", "scheduler", "rng_state", "training_args", "trainer_state", "COMPLETE")
+_HIDDEN = (*TRAINER_STATE, COMPLETE)
 
 
 def refresh_job(database: Database, storage: Storage, job_id: str) -> None:

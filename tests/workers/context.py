@@ -56,7 +56,7 @@ class RecordingContext:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self.logged.append((step, dict(values)))
 
-    def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float]) -> None:
+    def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float], *, keep: int | None = None) -> None:
         assert any(path.iterdir()), "announced before it was written"
         self.checkpoints.append((path, step))
 

@@ -2,8 +2,6 @@
 
 import inspect
 import math
-import re
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,12 +10,12 @@ from typing import Any
 
 from app.catalog import Interrupted, RunContext
 from app.errors import Code, RunError
-from app.specs import TrainingBlock
+from app.specs import TrainingBlock, TrainSpec
+from workers.loading.cadence import Cadence
 from workers.loading.devices import Compute
 from workers.loading.sampling import BatchOrder
 
 MAX_BAD_STEPS = 3
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass
@@ -33,6 +31,8 @@ class Watch:
     seconds: float = 0.0
     bad_steps: int = 0
     stopped: bool = False
+    cadence: Cadence | None = None
+    """Set by the reporter."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -75,7 +75,7 @@ def training_arguments(
         eval_steps=block.eval_steps,
         save_strategy="steps",
         save_steps=block.save_steps,
-        # transformers deletes the old checkpoint before anyone knows that the new one is whole; the reporter does it.
+        # transformers deletes the old checkpoint before anyone knows that the new one is whole; the context does it.
         save_total_limit=None,
         seed=block.seed,
         data_seed=block.seed,
@@ -136,6 +136,11 @@ def watched(trainer: Any, watch: Watch, *, lean_loss: bool) -> Any:
             self._metrics[mode]["mean_token_accuracy"].append(float(correct / count.clamp(min=1)))
             return total / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            if watch.cadence is not None:
+                watch.cadence.begin()
+            super()._save_checkpoint(*args, **kwargs)
+
         def _send_telemetry(self) -> None:
             """Nothing leaves the machine."""
 
@@ -151,21 +156,28 @@ def takes_positions(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(type(base).forward).parameters
 
 
-def reporter(
-    ctx: RunContext, watch: Watch, *, save_total_limit: int | None, tidy: Callable[[Path], None] = lambda _: None
-) -> Any:
+def checkpoints_kept(spec: TrainSpec) -> int | None:
+    """How many checkpoints stay: of a full fine-tune two unless it says otherwise, of PEFT runs all (None)."""
+    return spec.training.save_total_limit or (2 if spec.model.method == "full" else None)
+
+
+def reporter(ctx: RunContext, watch: Watch, spec: TrainSpec, *, tidy: Callable[[Path], None] = lambda _: None) -> Any:
     """The trainer callback that tells the context: progress, metrics, checkpoints; and stops when asked to.
 
-    ``tidy(folder)`` makes a checkpoint canonical before it is announced. Raises RunError non_finite_loss from within
-    the training loop after three steps in a row.
+    It asks for a checkpoint when one is due by the clock. ``tidy(folder)`` makes a checkpoint canonical before it is
+    announced. Raises RunError non_finite_loss from within the training loop after three steps in a row.
     """
     from transformers import TrainerCallback
+
+    cadence = watch.cadence = Cadence(spec.training.checkpoint_seconds)
+    keep = checkpoints_kept(spec)
 
     class Reporter(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.latest: dict[str, float] = {}
-            self.first_step = state.global_step
+            self.logged_at = self.first_step = state.global_step
             watch.started = time.monotonic()
+            cadence.start()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             step, total = state.global_step, state.max_steps
@@ -185,6 +197,8 @@ def reporter(
             if step < total and ctx.stop_requested():
                 watch.stopped = True
                 control.should_save = control.should_training_stop = True
+            elif cadence.due():
+                control.should_save = True
             if watch.bad_steps:
                 control.should_save = False  # the last good checkpoint stays the last
 
@@ -201,24 +215,22 @@ def reporter(
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             values = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
-            self.latest = {key: value for key, value in values.items() if math.isfinite(value)}
-            ctx.metrics(state.global_step, self.latest)
+            finite = {key: value for key, value in values.items() if math.isfinite(value)}
+            # An evaluation logs after the step's own numbers.
+            self.latest = self.latest | finite if state.global_step == self.logged_at else finite
+            self.logged_at = state.global_step
+            ctx.metrics(state.global_step, finite)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             tidy(folder)
-            ctx.checkpoint(folder, state.global_step, self.latest)
-            if save_total_limit:
-                # The newest is announced, but committed by another process: the one before it must outlive it.
-                for old in _checkpoints(Path(args.output_dir))[: -max(save_total_limit, 2)]:
-                    shutil.rmtree(old)
+            fresh = state.global_step == self.logged_at
+            # A held-out loss belongs to the weights that it was measured on; others may be a few steps old.
+            metrics = {key: value for key, value in self.latest.items() if fresh or not key.startswith("eval_")}
+            ctx.checkpoint(folder, state.global_step, metrics, keep=keep)
+            cadence.end()
 
     return Reporter()
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def run_trainer(trainer: Any, ctx: RunContext, watch: Watch) -> None:

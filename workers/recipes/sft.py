@@ -80,7 +80,7 @@ def run(spec: SftSpec, ctx: RunContext) -> None:
         train_dataset=dataset(train_file, "dataset.file"),
         eval_dataset=dataset(eval_file, "dataset.eval_file") if eval_file else None,
         processing_class=tokenizer,
-        callbacks=[reporter(ctx, watch, save_total_limit=spec.training.save_total_limit, tidy=tidy)],
+        callbacks=[reporter(ctx, watch, spec, tidy=tidy)],
     )
 
     learning: dict[str, float | None] = {}
