@@ -29,6 +29,7 @@ class RecordingContext:
         self.steps: list[dict[str, Any]] = []
         self.logged: list[tuple[int, dict[str, float]]] = []
         self.checkpoints: list[tuple[Path, int]] = []
+        self.announced: list[dict[str, float]] = []
         self.resolutions: dict[str, Any] = {}
         self.outputs: list[tuple[str, Path, dict[str, Any]]] = []
         self.results: dict[str, Any] = {}
@@ -59,6 +60,7 @@ class RecordingContext:
     def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float], *, keep: int | None = None) -> None:
         assert any(path.iterdir()), "announced before it was written"
         self.checkpoints.append((path, step))
+        self.announced.append(dict(metrics))
 
     def resolved(self, path: str, value: Any) -> None:
         self.resolutions[path] = value

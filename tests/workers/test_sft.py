@@ -13,10 +13,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from app.catalog import Interrupted
+from app.catalog import Catalog, Interrupted
 from app.errors import Code, RunError
+from app.storage import Storage
 from tests.workers.conftest import conversation, make_tokenizer
 from tests.workers.context import RecordingContext
+from workers.checkpoints import committed
+from workers.context import JobContext
 from workers.recipes import sft as recipe
 from workers.recipes.sft import SftSpec, run
 
@@ -127,14 +130,77 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, tiny: P
     assert sha256(resumed.folder / name) == sha256(whole.folder / name)
 
 
-def test_checkpoints_are_announced_and_old_ones_go(tmp_path: Path, tiny: Path, numbers: Path) -> None:
-    ctx = context(tmp_path, tiny, numbers)
-    run(spec(max_steps=7, save_steps=2, save_total_limit=2), ctx)
-    assert [step for _, step in ctx.checkpoints] == [2, 4, 6, 7]
-    assert sorted(path.name for path in ctx.checkpoint_dir.iterdir()) == ["checkpoint-6", "checkpoint-7"]
-    config = json.loads((ctx.checkpoint_dir / "checkpoint-7" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "tiny"
-    assert config["target_modules"] == sorted(config["target_modules"])
+@pytest.mark.parametrize(
+    ("model", "left"),
+    [
+        ({}, {2: False, 4: False, 6: True, 7: True}),
+        ({"use_peft": False}, {6: True, 7: True}),
+    ],
+)
+def test_checkpoints_are_committed_and_thinned(
+    model: dict[str, Any], left: dict[int, bool], tmp_path: Path, tiny: Path, numbers: Path
+) -> None:
+    """Of an adapter's run all weights stay, of a full fine-tune two checkpoints; the newest two can be resumed."""
+    attempt = {
+        "job_id": "job-1",
+        "inputs": {
+            "model.model_name_or_path": {"path": str(tiny), "name": "tiny"},
+            "dataset.file": {"path": str(numbers)},
+        },
+    }
+    folder = tmp_path / "a1"
+    folder.mkdir()
+    ctx = JobContext(folder, attempt, Catalog())
+    run(spec(model=model, max_steps=7, save_steps=2), ctx)
+    ctx.settle()
+    found = {item.step: item.resumable for item in committed(tmp_path, 1)}
+    assert found == left
+    for step, resumable in found.items():
+        checkpoint = ctx.checkpoint_dir / f"checkpoint-{step}"
+        assert Storage.checkpoint_faults(checkpoint) == []
+        assert (checkpoint / "optimizer.pt").exists() == resumable
+        assert (checkpoint / "trainer_state.json").exists() == resumable
+        assert (checkpoint / "tokenizer.json").exists()
+        if not model:
+            config = json.loads((checkpoint / "adapter_config.json").read_text())
+            assert config["base_model_name_or_path"] == "tiny"
+            assert config["target_modules"] == sorted(config["target_modules"])
+
+
+def test_a_checkpoint_by_the_clock_changes_no_byte_and_can_be_resumed(
+    tmp_path: Path, tiny: Path, numbers: Path
+) -> None:
+    settings = {"max_steps": 9, "per_device_train_batch_size": 32}
+    plain = context(tmp_path / "plain", tiny, numbers)
+    run(spec(model=ALL_LINEAR, **settings), plain)
+    assert [step for _, step in plain.checkpoints] == [9]
+    timed = context(tmp_path / "timed", tiny, numbers)
+    run(spec(model=ALL_LINEAR, checkpoint_seconds=0.001, **settings), timed)
+    # Due at once; then not before writing has become 2 % of the time, which nine such steps do not last.
+    first, step = timed.checkpoints[0]
+    assert step == 1
+    assert len(timed.checkpoints) < 9
+    name = "adapter_model.safetensors"
+    assert sha256(timed.folder / name) == sha256(plain.folder / name)
+    resumed = context(tmp_path / "resumed", tiny, numbers)
+    resumed.resume_from = first
+    run(spec(model=ALL_LINEAR, **settings), resumed)
+    assert [entry["step"] for entry in resumed.steps] == list(range(2, 10))
+    assert sha256(resumed.folder / name) == sha256(plain.folder / name)
+
+
+def test_a_held_out_loss_belongs_to_its_checkpoint(tmp_path: Path, tiny: Path, numbers: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text("\n".join(json.dumps({"messages": conversation(number)}) for number in range(500, 504)))
+    ctx = context(tmp_path, tiny, numbers, **{"dataset.eval_file": held})
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2}
+    run(spec(eval_file="file-2", max_steps=4, save_steps=1, **settings), ctx)
+    assert [("eval_loss" in metrics, "loss" in metrics) for metrics in ctx.announced] == [
+        (False, True),  # the first step is logged too
+        (True, True),
+        (False, True),
+        (True, True),
+    ]
 
 
 def test_held_out_loss_is_measured_before_and_after(tmp_path: Path, tiny: Path, numbers: Path) -> None:

@@ -173,8 +173,12 @@ def reporter(ctx: RunContext, watch: Watch, spec: TrainSpec, *, tidy: Callable[[
     keep = checkpoints_kept(spec)
 
     class Reporter(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def __init__(self) -> None:
             self.latest: dict[str, float] = {}
+            self.logged_at = self.first_step = 0  # the base is evaluated before training begins
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.latest = {}
             self.logged_at = self.first_step = state.global_step
             watch.started = time.monotonic()
             cadence.start()
