@@ -1,5 +1,7 @@
 """The loop that sets right what nobody else will: rings for waiting jobs, reaps silent ones, settles deploy jobs.
 
+It also says which jobs have no slot anywhere, asks runs to make room, and ends waits that lasted too long.
+
 Runs in every API and every worker process; each step is a guarded UPDATE, so any number may run at once.
 """
 
@@ -9,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -21,7 +23,8 @@ from app.db import Database, after_commit
 from app.deployments import repository as deployments
 from app.deployments import service
 from app.errors import AppError
-from app.jobs import capacity, claims, repository
+from app.fleet import repository as fleet
+from app.jobs import capacity, claims, deadlines, preemption, repository
 from app.jobs.repository import Move
 from app.models import Deployment, Job, now
 from app.queue import AnyDoorbell
@@ -44,7 +47,11 @@ class Watch:
 
 
 class Reconciler(threading.Thread):
-    """Ticks every second. ``monotonic`` is injectable for tests; no wall clock decides anything."""
+    """Ticks every second. Both clocks are injectable for tests.
+
+    No lease depends on the wall clock. Waits that began at a stored time are measured by it *and* by this process's
+    own clock, and the shorter counts: a clock that is set may prolong a wait, never cut it short.
+    """
 
     def __init__(
         self,
@@ -53,6 +60,7 @@ class Reconciler(threading.Thread):
         catalog: Catalog,
         doorbell: AnyDoorbell,
         monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], datetime] = now,
     ) -> None:
         super().__init__(name="reconciler", daemon=True)
         self._settings = settings
@@ -60,11 +68,15 @@ class Reconciler(threading.Thread):
         self._catalog = catalog
         self._doorbell = doorbell
         self._monotonic = monotonic
+        self._wall = wall
+        self._began = (wall(), monotonic())
         self._stop_event = threading.Event()
         self._watched: dict[str, Watch] = {}
         self._last_reap: float | None = None
         self._next_ring = 0.0
         self._next_hold = 0.0
+        self._since: dict[str, tuple[int, float]] = {}
+        self._delayed: dict[str, tuple[int, float]] = {}
 
     def run(self) -> None:
         """Until ``stop``."""
@@ -87,7 +99,11 @@ class Reconciler(threading.Thread):
         """One round of every step."""
         self._ring()
         self._reap()
-        self._hold()
+        if self._monotonic() >= self._next_hold:
+            self._next_hold = self._monotonic() + self._settings.heartbeat_seconds
+            self._hold()
+            self._preempt()
+            self._end_waits()
         self._deploy()
 
     def _ring(self) -> None:
@@ -125,21 +141,59 @@ class Reconciler(threading.Thread):
                     reached("reap.before_commit")
                 reached("reap.after_commit")
         self._watched = seen
+        known = self._since
+        self._since = {
+            job.id: known[job.id] if known.get(job.id, (-1, 0))[0] == job.fence else (job.fence, clock) for job in rows
+        }
 
     def _hold(self) -> None:
         """T12: says of waiting jobs that no worker has a slot for them; settles deployments whose job is final."""
-        if self._monotonic() < self._next_hold:
-            return
-        self._next_hold = self._monotonic() + self._settings.heartbeat_seconds
-        recent = now() - timedelta(seconds=3 * self._settings.lease_seconds)
         with self._database.read() as session:
-            classes = capacity.living_classes(session, recent)
-            wrong = capacity.wrongly_held(session, classes)
+            boards = fleet.boards(session, self._recent())
+            found = capacity.changes(session, boards)
             orphans = service.has_orphans(session)
-        if wrong or orphans:
+        if found or orphans:
             with self._database.write() as session:
-                capacity.hold_without_capacity(session, classes)
+                capacity.apply(session, boards, found)
                 service.settle_orphans(session)
+
+    def _preempt(self) -> None:
+        """Asks preemptible runs to make room. How long they ran is what this process has seen of them itself."""
+        with self._database.read() as session:
+            if not preemption.needed(session):
+                return
+        clock = self._monotonic()
+        ran = {job_id: clock - since for job_id, (_, since) in self._since.items()}
+        with self._database.write() as session:
+            preemption.settle(session, self._wall())
+            boards = fleet.boards(session, self._recent())
+            preemption.ask(session, boards, ran, self._settings.preempt_after_seconds, self._wall())
+
+    def _end_waits(self) -> None:
+        """Fails jobs that found no slot in time; lets start what a clock that was set back would hold up."""
+        clock, wall = self._monotonic(), self._wall()
+        own = self._began[0] + timedelta(seconds=clock - self._began[1])
+        with self._database.read() as session:
+            late = deadlines.overdue(session, min(own, wall))
+            waiting = deadlines.delayed(session, wall)
+        known = self._delayed
+        self._delayed = {
+            job.job_id: known[job.job_id] if known.get(job.job_id, (-1, 0))[0] == job.fence else (job.fence, clock)
+            for job in waiting
+        }
+        over = [job for job in waiting if clock - self._delayed[job.job_id][1] > job.delay_seconds + TICK]
+        far = [job for job in waiting if job not in over and deadlines.too_far(job, wall)]
+        if not (late or over or far):
+            return
+        with self._database.write() as session:
+            after_commit(session, self._doorbell.ring)
+            for job in late:
+                deadlines.give_up(session, job)
+            deadlines.reset(session, over, None)
+            deadlines.reset(session, far, wall)
+
+    def _recent(self) -> datetime:
+        return self._wall() - timedelta(seconds=3 * self._settings.lease_seconds)
 
     def _deploy(self) -> None:
         """Deploy jobs compute nothing, so no slot runs them: this step makes their deployment and watches it."""

@@ -1,51 +1,107 @@
-"""Which waiting jobs have no slot anywhere: what the reconciler says of them."""
+"""Which waiting jobs have no slot anywhere, or only slots that engines hold: what the reconciler says of them."""
 
-from collections.abc import Set as AbstractSet
-from datetime import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, or_, select, update
+from sqlalchemy import ColumnElement, or_, select, update
 from sqlalchemy.orm import Session
 
-from app.models import Job, Slot, Worker
+from app.jobs import repository
+from app.jobs.claims import NO_CAPACITY
+from app.jobs.placement import Board, Need
+from app.jobs.repository import Move
+from app.models import Job
 from app.states import JobState
 
-NO_CAPACITY = "no_capacity"
-_OF_A_GPU = ("train", "serve")
+SLOT_BUSY = "slot_busy"
+_OURS = (NO_CAPACITY, SLOT_BUSY)
+_AT_ONCE = 100
 
 
-def living_classes(session: Session, seen_since: datetime) -> set[str]:
-    """Classes of slots of workers that were seen lately."""
-    found = set(
-        session.scalars(
-            select(Slot.slot_class)
-            .join(Worker, Worker.id == Slot.worker_id)
-            .where(Worker.stopped_at.is_(None), Worker.seen_at > seen_since)
-            .distinct()
-        )
+@dataclass(frozen=True)
+class Change:
+    """Waiting jobs with the same needs whose hold reason is no longer, or not yet, true."""
+
+    need: Need
+    shown: str | None
+    reason: str | None
+
+
+def reason_for(need: Need, boards: Sequence[Board]) -> str | None:
+    """Why a job with these needs cannot start whatever else ends by itself; None when it will."""
+    able = [board for board in boards if board.could_hold(need)]
+    if not able:
+        return NO_CAPACITY
+    # Runs end by themselves, engines do not.
+    return None if any(board.place(need, away=_runs(board)) for board in able) else SLOT_BUSY
+
+
+def _runs(board: Board) -> frozenset[str]:
+    holders = [holder for device in board.devices for holder in device.holders.values()]
+    return frozenset(holder.job_id for holder in holders if holder.need.slot_class != "serve")
+
+
+def changes(session: Session, boards: Sequence[Board]) -> list[Change]:
+    """What ``apply`` has to do."""
+    kinds = session.execute(
+        select(Job.slot_class, Job.gpus, Job.min_vram_gb, Job.hold_reason)
+        .where(*_waiting(), or_(Job.hold_reason.is_(None), Job.hold_reason.in_(_OURS)))
+        .distinct()
+    ).all()
+    found = []
+    for slot_class, gpus, min_vram_gb, shown in kinds:
+        need = Need(slot_class, gpus, min_vram_gb)
+        reason = reason_for(need, boards)
+        if reason != shown:
+            found.append(Change(need, shown, reason))
+    return found
+
+
+def apply(session: Session, boards: Sequence[Board], found: Sequence[Change]) -> None:
+    """T12: the jobs stay queued and start as soon as there is a slot. The first time, their history says why."""
+    for change in found:
+        same = (*_waiting(), *_with(change.need), Job.hold_reason.is_not_distinct_from(change.shown))
+        if NO_CAPACITY not in (change.shown, change.reason):
+            session.execute(update(Job).where(*same).values(hold_reason=change.reason))
+            continue
+        move = _held(change.need, boards) if change.reason == NO_CAPACITY else _released(change.reason)
+        for job_id in session.scalars(select(Job.id).where(*same).limit(_AT_ONCE)).all():
+            repository.note(session, job_id, move, *same)
+
+
+def _held(need: Need, boards: Sequence[Board]) -> Move:
+    wanted = f"{need.devices} {need.slot_class} slot{'s' if need.devices > 1 else ''}"
+    if need.vram_gb is not None:
+        wanted += f" with {need.vram_gb:g} GB of GPU memory each"
+    firsts = [device.first for board in boards for device in board.devices]
+    classes = ", ".join(sorted({first.slot_class for first in firsts})) or "none"
+    largest = max((first.vram_gb or 0 for first in firsts), default=0)
+    hint = f"Living workers have slots of these classes: {classes}"
+    hint += f"; the largest GPU has {largest:g} GB" if largest else ""
+    hint += ". Start a worker that has what is missing, or cancel the job and ask for less; GET /workers lists them."
+    return Move(
+        JobState.QUEUED,
+        "hold_no_capacity",
+        f"No worker has {wanted}; the job waits for one that has.",
+        "warn",
+        {"hint": hint},
+        {"hold_reason": NO_CAPACITY},
     )
-    return found | (set(_OF_A_GPU) if "gpu" in found else set())
 
 
-def wrongly_held(session: Session, classes: AbstractSet[str]) -> bool:
-    """Whether ``hold_without_capacity`` has something to do."""
-    query = select(Job.id).where(or_(_to_hold(classes), _to_release(classes))).limit(1)
-    return session.scalar(query) is not None
-
-
-def hold_without_capacity(session: Session, classes: AbstractSet[str]) -> None:
-    """T12: sets and clears the hold reason; the jobs stay queued and start as soon as there is a slot."""
-    session.execute(update(Job).where(_to_hold(classes)).values(hold_reason=NO_CAPACITY))
-    session.execute(update(Job).where(_to_release(classes)).values(hold_reason=None))
-
-
-def _to_hold(classes: AbstractSet[str]) -> ColumnElement[bool]:
-    return and_(
-        Job.state == JobState.QUEUED,
-        Job.blocked_by == 0,
-        Job.hold_reason.is_(None),
-        Job.slot_class.not_in([*classes, "control"]),
+def _released(reason: str | None) -> Move:
+    return Move(
+        JobState.QUEUED, "hold_released", "A worker that can run the job is there.", values={"hold_reason": reason}
     )
 
 
-def _to_release(classes: AbstractSet[str]) -> ColumnElement[bool]:
-    return and_(Job.state == JobState.QUEUED, Job.hold_reason == NO_CAPACITY, Job.slot_class.in_(classes))
+def _waiting() -> tuple[ColumnElement[bool], ...]:
+    return (Job.state == JobState.QUEUED, Job.blocked_by == 0, Job.paused_at.is_(None), Job.slot_class != "control")
+
+
+def _with(need: Need) -> tuple[ColumnElement[bool], ...]:
+    return (
+        Job.slot_class == need.slot_class,
+        Job.gpus == need.gpus,
+        Job.min_vram_gb.is_not_distinct_from(need.min_vram_gb),
+    )

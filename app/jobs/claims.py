@@ -92,7 +92,7 @@ def _candidates(
                 Job.slot_class.not_in(ON_A_GPU),
                 and_(Job.gpus <= most, or_(Job.min_vram_gb.is_(None), Job.min_vram_gb <= (vram or 0))),
             ),
-            or_(Job.sweep_id.is_(None), _sweep_has_room()),
+            in_its_sweeps_share(),
         )
         .order_by(in_front().desc(), func.coalesce(busy.c.slots, 0), Job.priority.desc(), Job.created_at, Job.id)
     )
@@ -145,7 +145,7 @@ def _take(
     if sweep_id[0] is not None:
         # Two workers that count at the same moment would both find room for one.
         session.execute(select(Sweep.id).where(Sweep.id == sweep_id[0]).with_for_update())
-        if session.scalar(select(Job.id).where(Job.id == job_id, _sweep_has_room())) is None:
+        if session.scalar(select(Job.id).where(Job.id == job_id, in_its_sweeps_share())) is None:
             return None
     values = {
         "fence": Job.fence + 1,
@@ -179,8 +179,8 @@ def slots_of(session: Session, job: Job) -> list[Slot]:
     return sorted(rows, key=lambda slot: (slot.slot_id != job.slot_id, slot.slot_id))
 
 
-def _sweep_has_room() -> ColumnElement[bool]:
-    """Whether fewer jobs of the candidate's sweep run than its ``max_parallel``."""
+def in_its_sweeps_share() -> ColumnElement[bool]:
+    """Condition: of the job's sweep, if it has one, fewer jobs run than its ``max_parallel``."""
     running = aliased(Job)
     beside = (
         select(func.count())
@@ -189,7 +189,7 @@ def _sweep_has_room() -> ColumnElement[bool]:
         .scalar_subquery()
     )
     most = select(Sweep.max_parallel).where(Sweep.id == Job.sweep_id).correlate(Job).scalar_subquery()
-    return or_(most.is_(None), beside < most)
+    return or_(Job.sweep_id.is_(None), most.is_(None), beside < most)
 
 
 # Places in the queue

@@ -1,6 +1,7 @@
 """The reaper goes by what it has seen itself, with its own clock; the ringer by what waits."""
 
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from sqlalchemy.exc import OperationalError
 from app.catalog import Catalog
 from app.db import Database
 from app.jobs import claims, repository
-from app.models import Job, new_id, now
+from app.models import Job, Slot, Worker, new_id, now
 from app.projects.repository import ensure_default
 from app.reconciler import Reconciler, reap
 from app.settings import Settings
@@ -23,6 +24,17 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Wall:
+    """The wall clock, which goes with the other one until somebody sets it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.began = now() - timedelta(seconds=clock.now)
+
+    def __call__(self) -> datetime:
+        return self.began + timedelta(seconds=self.clock.now)
 
 
 class Bell:
@@ -49,16 +61,21 @@ def bell() -> Bell:
 
 
 @pytest.fixture
-def reconciler(settings: Settings, database: Database, clock: Clock, bell: Bell) -> Reconciler:
-    settings = settings.model_copy(update={"lease_seconds": 30.0, "heartbeat_seconds": 5.0})
-    return Reconciler(settings, database, Catalog(), bell, clock)  # type: ignore[arg-type]
+def wall(clock: Clock) -> Wall:
+    return Wall(clock)
 
 
 @pytest.fixture
-def running(database: Database) -> Callable[..., Job]:
-    """A job that a worker holds."""
+def reconciler(settings: Settings, database: Database, clock: Clock, bell: Bell, wall: Wall) -> Reconciler:
+    settings = settings.model_copy(update={"lease_seconds": 30.0, "heartbeat_seconds": 5.0})
+    return Reconciler(settings, database, Catalog(), bell, clock, wall)  # type: ignore[arg-type]
 
-    def running(**columns: Any) -> Job:
+
+@pytest.fixture
+def queued(database: Database) -> Callable[..., Job]:
+    """A job that waits."""
+
+    def queued(**columns: Any) -> Job:
         with database.write() as session:
             ensure_default(session)
             job = Job(
@@ -73,6 +90,17 @@ def running(database: Database) -> Callable[..., Job]:
                 **columns,
             )
             repository.add(session, job)
+            return job
+
+    return queued
+
+
+@pytest.fixture
+def running(queued: Callable[..., Job], database: Database) -> Callable[..., Job]:
+    """A job that a worker holds."""
+
+    def running(**columns: Any) -> Job:
+        queued(**columns)
         with database.write() as session:
             claimed = claims.claim(session, "w", "light-0", ["light"])
         assert claimed is not None
@@ -207,3 +235,113 @@ def test_the_bell_rings_again_while_a_job_waits(
         reap(session, session.get_one(Job, job.id))
     pass_time(reconciler, clock, 20)
     assert 3 <= bell.rings <= 5
+
+
+# Waits
+
+
+def test_a_job_that_finds_no_slot_in_time_fails(
+    reconciler: Reconciler, clock: Clock, queued: Any, running: Any, row: Any, database: Database
+) -> None:
+    started = running(queue_seconds=60.0)
+    with database.write() as session:
+        reap(session, session.get_one(Job, started.id))
+    late, patient, paused = queued(queue_seconds=60.0), queued(), queued(queue_seconds=60.0)
+    with database.write() as session:
+        session.get_one(Job, paused.id).paused_at = now()
+    pass_time(reconciler, clock, 58)
+    assert row(late).state == "queued"
+    pass_time(reconciler, clock, 8)
+    failed = row(late)
+    assert (failed.state, failed.error_code) == ("failed", "queue_time_exceeded")
+    assert "60 s" in failed.error_detail["message"]
+    assert failed.error_detail["hint"]
+    assert [row(job).state for job in (started, patient, paused)] == ["queued"] * 3
+
+
+def test_what_waits_for_another_job_waits_without_limit(
+    reconciler: Reconciler, clock: Clock, queued: Any, row: Any, database: Database
+) -> None:
+    """The time counts from when nothing but a slot is missing."""
+    child = queued(queue_seconds=60.0)
+    with database.write() as session:
+        job = session.get_one(Job, child.id)
+        job.blocked_by, job.eligible_at = 1, None
+    pass_time(reconciler, clock, 100)
+    with database.write() as session:
+        job = session.get_one(Job, child.id)
+        job.blocked_by, job.eligible_at = 0, now() + timedelta(seconds=100)
+    pass_time(reconciler, clock, 55)
+    assert row(child).state == "queued"
+    pass_time(reconciler, clock, 15)
+    assert row(child).state == "failed"
+
+
+@pytest.mark.parametrize("days", [1, -1])
+def test_a_clock_that_is_set_cuts_no_wait_short(
+    reconciler: Reconciler, clock: Clock, wall: Wall, queued: Any, row: Any, database: Database, days: int
+) -> None:
+    before = queued(queue_seconds=60.0)
+    pass_time(reconciler, clock, 10)
+    wall.began += timedelta(days=days)
+    after = queued(queue_seconds=60.0)
+    with database.write() as session:
+        session.get_one(Job, after.id).eligible_at = wall()
+    pass_time(reconciler, clock, 40)
+    assert (row(before).state, row(after).state) == ("queued", "queued")
+    pass_time(reconciler, clock, 40)
+    # The one whose wait both clocks have seen; the other is given more time, not less.
+    assert (row(before).state, row(after).state) == (("failed", "queued") if days > 0 else ("queued", "failed"))
+
+
+def test_a_clock_that_is_set_back_delays_no_job(
+    reconciler: Reconciler, clock: Clock, wall: Wall, queued: Any, row: Any
+) -> None:
+    """What should wait for a minute waits for about a minute, though the stored time is a day away now."""
+    job = queued(delay_seconds=60.0, not_before=wall() + timedelta(seconds=60))
+    pass_time(reconciler, clock, 10)
+    assert row(job).not_before == job.not_before
+    wall.began -= timedelta(days=1)
+    pass_time(reconciler, clock, 6)
+    assert row(job).not_before <= wall() + timedelta(seconds=60)
+    for _ in range(3):
+        wall.began -= timedelta(days=1)
+        pass_time(reconciler, clock, 6)
+        assert row(job).not_before is not None
+    pass_time(reconciler, clock, 40)
+    assert row(job).not_before is None or row(job).not_before <= wall()
+
+
+def test_a_delay_by_our_own_clock_ends_although_the_wall_clock_stands(
+    reconciler: Reconciler, clock: Clock, wall: Wall, queued: Any, row: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = queued(delay_seconds=60.0, not_before=wall() + timedelta(seconds=60))
+    stands = wall()
+    monkeypatch.setattr(reconciler, "_wall", lambda: stands)
+    pass_time(reconciler, clock, 55)
+    assert row(job).not_before is not None
+    pass_time(reconciler, clock, 20)
+    assert row(job).not_before is None
+
+
+def test_a_run_is_asked_to_make_room_after_its_time_by_our_own_clock(
+    reconciler: Reconciler, clock: Clock, wall: Wall, queued: Any, row: Any, database: Database
+) -> None:
+    run = queued(preemptible=True)
+    with database.write() as session:
+        session.add(Worker(id="w", host="h", pid=1))
+        session.flush()
+        session.add(Slot(worker_id="w", slot_id="light-0", slot_class="light"))
+        assert claims.claim(session, "w", "light-0", ["light"])
+    urgent = queued(priority=5)
+    wall.began += timedelta(seconds=60)  # says nothing of how long the run has run
+    for _ in range(59):
+        pass_time(reconciler, clock, 10)
+        beat(database, row(run))
+        with database.write() as session:
+            session.get_one(Worker, "w").seen_at = wall()
+    assert row(run).preempt_for is None
+    for _ in range(2):
+        pass_time(reconciler, clock, 10)
+        beat(database, row(run))
+    assert row(run).preempt_for == urgent.id

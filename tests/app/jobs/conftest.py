@@ -1,6 +1,7 @@
 """Jobs as rows, without any request."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from sqlalchemy import select
 from app.db import Database
 from app.jobs import claims, repository
 from app.jobs.repository import Move
-from app.models import DEFAULT_PROJECT, Job, JobEvent, Project, Slot, Worker, new_id
+from app.models import DEFAULT_PROJECT, Job, JobEvent, Project, Slot, Worker, new_id, now
 from app.projects.repository import ensure_default
 from app.states import JobState
+from tests.machines import Machine
 
 Add = Callable[..., str]
 
@@ -106,3 +108,29 @@ def move(database: Database) -> Callable[..., bool]:
             return repository.transition(session, job_id, origin, Move(to, "test", "moved", values=values))
 
     return move
+
+
+@pytest.fixture
+def machine(database: Database) -> Callable[..., Machine]:
+    """``machine(name, gpus=0, share=1, vram=80)``: a worker with that many GPUs."""
+
+    def make(name: str = "m", gpus: int = 0, share: int = 1, vram: float | None = 80) -> Machine:
+        made = Machine(database, name)
+        for gpu in range(gpus):
+            for part in range(share):
+                made.slot(f"gpu-{gpu}.{part}" if share > 1 else f"gpu-{gpu}", gpu=gpu, vram_gb=vram, name="A")
+        return made
+
+    return make
+
+
+@pytest.fixture
+def train(add: Add) -> Add:
+    """A queued job of class train; each a second younger than the one before."""
+    ages = iter(range(1000))
+    base = now() - timedelta(hours=1)
+
+    def train(**columns: Any) -> str:
+        return add(**{"slot_class": "train", "created_at": base + timedelta(seconds=next(ages)), **columns})
+
+    return train

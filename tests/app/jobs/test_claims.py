@@ -8,71 +8,10 @@ import pytest
 from sqlalchemy import select, update
 
 from app.db import Database
-from app.jobs import claims, repository
-from app.jobs.repository import Move
+from app.jobs import claims
 from app.models import Job, Slot, Worker, now
-from app.states import JobState
 
-GPU = ("train", "serve")
 Add = Callable[..., str]
-
-
-class Machine:
-    """A worker whose slots are asked by hand."""
-
-    def __init__(self, database: Database, name: str) -> None:
-        self.database = database
-        self.name = name
-        with database.write() as session:
-            session.add(Worker(id=name, host=name, pid=1))
-
-    def slot(self, slot_id: str, slot_class: str = "gpu", **facts: Any) -> None:
-        with self.database.write() as session:
-            session.add(Slot(worker_id=self.name, slot_id=slot_id, slot_class=slot_class, facts=facts))
-
-    def ask(self, slot_id: str) -> str | None:
-        """The job that the slot's thread would get."""
-        classes = GPU if slot_id.startswith("gpu") else (slot_id.partition("-")[0],)
-        with self.database.write() as session:
-            job = claims.claim(session, self.name, slot_id, classes)
-            return job.id if job else None
-
-    def held(self) -> dict[str, str | None]:
-        with self.database.read() as session:
-            rows = session.scalars(select(Slot).where(Slot.worker_id == self.name).order_by(Slot.slot_id))
-            return {slot.slot_id: slot.job_id for slot in rows}
-
-    def end(self, job_id: str) -> None:
-        with self.database.write() as session:
-            assert repository.transition(
-                session, job_id, JobState.RUNNING, Move(JobState.SUCCEEDED, "x", "x", values={"result": {}})
-            )
-
-
-@pytest.fixture
-def machine(database: Database) -> Callable[..., Machine]:
-    """``machine(name, gpus=0, share=1, vram=80)``: a worker with that many GPUs."""
-
-    def make(name: str = "m", gpus: int = 0, share: int = 1, vram: float | None = 80) -> Machine:
-        made = Machine(database, name)
-        for gpu in range(gpus):
-            for part in range(share):
-                made.slot(f"gpu-{gpu}.{part}" if share > 1 else f"gpu-{gpu}", gpu=gpu, vram_gb=vram, name="A")
-        return made
-
-    return make
-
-
-@pytest.fixture
-def train(add: Add) -> Add:
-    """A queued job of class train; each a second younger than the one before."""
-    ages = iter(range(1000))
-    base = now() - timedelta(hours=1)
-
-    def train(**columns: Any) -> str:
-        return add(**{"slot_class": "train", "created_at": base + timedelta(seconds=next(ages)), **columns})
-
-    return train
 
 
 def test_memory_that_a_gpu_must_have(machine: Any, train: Add) -> None:
