@@ -12,6 +12,7 @@ from app.catalog import Interrupted, RunContext
 from app.errors import Code, RunError
 from workers.loading import ppo_math
 from workers.loading.actor_critic import ActorCritic
+from workers.loading.cadence import Cadence
 from workers.loading.rollouts import Judge, Prompt, Rollout, roll_out
 
 MAX_BAD_STEPS = 3
@@ -48,6 +49,9 @@ class PpoSettings:
     whiten_rewards: bool
     missing_eos_penalty: float | None
     save_steps: int
+    checkpoint_seconds: float
+    keep: int | None
+    """Checkpoints that stay; None = all (their weights)."""
     seed: int
 
 
@@ -79,6 +83,7 @@ class Ppo:
 
         settings = self.settings
         self.kl_coef = settings.kl_coef
+        self._cadence = Cadence(settings.checkpoint_seconds)
         self.optimizer = torch.optim.AdamW(
             self.actor.parameters(),
             lr=settings.learning_rate,
@@ -95,6 +100,7 @@ class Ppo:
         if resume_from is not None:
             self._load(resume_from)
         first, started = self.step, time.monotonic()
+        self._cadence.start()
         while self.step < self.settings.steps:
             self.step += 1
             metrics = self._one_step()
@@ -112,9 +118,8 @@ class Ppo:
             )
             self._watch(metrics)
             stop = self.step < self.settings.steps and self.ctx.stop_requested()
-            if not self._bad and (
-                stop or self.step % self.settings.save_steps == 0 or self.step == self.settings.steps
-            ):
+            planned = self.step % self.settings.save_steps == 0 or self.step == self.settings.steps
+            if not self._bad and (stop or planned or self._cadence.due()):
                 self._checkpoint(metrics)
             if stop:
                 raise Interrupted("stopped on request; the last step is saved as a checkpoint")
@@ -262,6 +267,7 @@ class Ppo:
     def _checkpoint(self, metrics: dict[str, float]) -> None:
         import torch
 
+        self._cadence.begin()
         folder = self.ctx.checkpoint_dir / f"checkpoint-{self.step}"
         folder.mkdir()
         self.save(folder)
@@ -274,7 +280,8 @@ class Ppo:
         }
         torch.save(state, folder / STATE)
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self.ctx.checkpoint(folder, self.step, finite)
+        self.ctx.checkpoint(folder, self.step, finite, keep=self.settings.keep)
+        self._cadence.end()
 
     def _load(self, folder: Path) -> None:
         import torch

@@ -32,6 +32,7 @@ from workers.loading.actor_critic import ActorCritic
 from workers.loading.ppo_loop import Ppo, PpoSettings
 from workers.loading.reward_model import load_scorer
 from workers.loading.rollouts import load_prompts, scoring
+from workers.loading.trainer import checkpoints_kept
 
 RewardRef = Annotated[
     str,
@@ -192,6 +193,8 @@ def ppo_settings(spec: PpoSpec, prompts: int) -> PpoSettings:
         whiten_rewards=ppo.whiten_rewards,
         missing_eos_penalty=ppo.missing_eos_penalty,
         save_steps=training.save_steps,
+        checkpoint_seconds=training.checkpoint_seconds,
+        keep=checkpoints_kept(spec),
         seed=training.seed,
     )
 

@@ -1,0 +1,124 @@
+"""Preferences as tokens: what was asked once, and both answers up to and including their end."""
+
+from collections.abc import Iterator
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from app.catalog import RunContext
+from app.errors import Code, RunError
+from app.files.rows import Example, read_pairs
+from app.files.turns import Message, RowError
+from workers.loading.sampling import BatchOrder
+
+
+class Preference(NamedTuple):
+    """Token ids of a prompt, of the better and of the worse answer."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longer answer."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+def encode_preference(pair: Example, tokenizer: Any, stops: set[int]) -> Preference:
+    """The prompt is rendered as a server sees it, with the opening of an answer; the answers are what follows."""
+    if not tokenizer.chat_template:
+        asked = "\n".join(turn["content"] for turn in pair.messages)
+        texts = [asked + "\n".join(turn["content"] for turn in answer) for answer in (pair.chosen, pair.rejected)]
+        before = asked
+    else:
+        before = _render(pair.messages, tokenizer, opening=True)
+        texts = [_render(pair.messages + answer, tokenizer) for answer in (pair.chosen, pair.rejected)]
+        before = commonprefix([before, *texts])  # some templates rewrite what came before
+    prompt = tokenizer(before, add_special_tokens=not tokenizer.chat_template).input_ids
+    while not tokenizer.chat_template and prompt and prompt[-1] == tokenizer.eos_token_id:
+        prompt.pop()
+    chosen, rejected = (_ended(text[len(before) :], tokenizer, stops) for text in texts)
+    return Preference(list(prompt), chosen, rejected)
+
+
+def _render(messages: list[Message], tokenizer: Any, *, opening: bool = False) -> str:
+    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opening))
+
+
+def _ended(text: str, tokenizer: Any, stops: set[int]) -> list[int]:
+    """An answer's tokens; what the template writes behind the end token is never generated, so it goes."""
+    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    ends = [place for place, token in enumerate(ids) if token in stops]
+    return ids[: ends[-1] + 1] if ends else [*ids, tokenizer.eos_token_id]
+
+
+def load_preferences(
+    path: Path, tokenizer: Any, *, stops: set[int], max_length: int, ctx: RunContext, field: str
+) -> Any:
+    """A ``datasets.Dataset`` of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
+
+    Pairs longer than ``max_length`` tokens are left out and counted: cutting one of two answers would change which is
+    better. Raises RunError bad_data.
+    """
+    from datasets import Dataset
+
+    kept: list[Preference] = []
+    total = dropped = 0
+    for total, row in enumerate(_encoded(path, tokenizer, stops, field), 1):  # noqa: B007 - read below
+        if row.longest > max_length:
+            dropped += 1
+        else:
+            kept.append(row)
+    if not kept:
+        raise RunError(
+            Code.BAD_DATA,
+            f"nothing is left to learn: all {total} pairs are longer than {max_length} tokens",
+            hint="raise training.max_length or shorten the conversations",
+            param=field,
+        )
+    if dropped:
+        message = f"{dropped} of {total} pairs are longer than {max_length} tokens and were left out"
+        ctx.event("rows_dropped", message, level="warn", dropped=dropped, max_length=max_length)
+    tokens = sum(2 * len(row.prompt) + len(row.chosen) + len(row.rejected) for row in kept)
+    ctx.event("dataset_loaded", f"{field}: {len(kept)} pairs, {tokens:,} tokens", rows=len(kept), tokens=tokens)
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [row.prompt for row in kept],
+            "chosen_ids": [row.chosen for row in kept],
+            "rejected_ids": [row.rejected for row in kept],
+        }
+    )
+
+
+def _encoded(path: Path, tokenizer: Any, stops: set[int], field: str) -> Iterator[Preference]:
+    number = 0
+    try:
+        for number, pair in enumerate(read_pairs(path), 1):  # noqa: B007 - read in the handler
+            yield encode_preference(pair, tokenizer, stops)
+    except RowError as error:
+        raise RunError(Code.BAD_DATA, str(error), param=field) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        raise RunError(Code.BAD_DATA, f"row {number}: the chat template refuses it: {error}", param=field) from error
+
+
+def ordering_pairs(trainer: Any) -> Any:
+    """The trainer with its pairs in our order, by the longer answer, and its data taken as they are."""
+
+    class Ordering(trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            rows = train_dataset or self.train_dataset
+            both = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
+            lengths = [max(len(good), len(bad)) for good, bad in both]
+            if "prompt_ids" in rows.column_names:
+                asked = rows["prompt_ids"]
+                lengths = [length + len(ids) for length, ids in zip(lengths, asked, strict=True)]
+            return BatchOrder(lengths, self.args.train_batch_size, self.args.seed)
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    return Ordering

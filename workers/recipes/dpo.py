@@ -1,0 +1,150 @@
+"""DPO: preferences learnt directly, without a reward model (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from app.catalog import Recipe, RunContext
+from app.errors import Code, RunError
+from app.specs import Spec, TrainSpec, conflict
+from workers.loading import (
+    Watch,
+    canonical_adapter,
+    copy_companions,
+    layer_digests,
+    load_model,
+    load_tokenizer,
+    non_finite,
+    peak_memory,
+    reporter,
+    run_trainer,
+    set_threads,
+    starting_point,
+    stop_tokens,
+    training_arguments,
+    watched,
+    write_base_record,
+)
+from workers.loading.preferences import load_preferences, ordering_pairs
+
+
+class DpoBlock(Spec):
+    """Names and meaning of trl's ``DPOConfig``."""
+
+    beta: float = Field(0.1, gt=0, le=10, description="How strongly the model is held near where it began.")
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of preferences taken to be mislabelled.")
+
+
+class DpoSpec(TrainSpec):
+    """Direct preference optimisation on rows with a chosen and a rejected answer."""
+
+    algorithm: Literal["dpo"] = "dpo"
+    dpo: DpoBlock = Field(default_factory=DpoBlock)
+    # Smaller than in supervised training, as in the paper and in trl (1e-6 in full).
+    learning_rates: ClassVar[tuple[float, float]] = (5e-5, 1e-6)
+
+    @model_validator(mode="after")
+    def _pairs_only(self) -> Self:
+        if self.dataset.format not in ("auto", "preference"):
+            raise conflict("dataset.format", "DPO learns from preferences", "Leave format out.")
+        return self
+
+
+def run(spec: DpoSpec, ctx: RunContext) -> None:
+    """Load, render, train, save."""
+    from transformers import set_seed
+    from trl import DPOConfig, DPOTrainer
+
+    set_threads()
+    ctx.phase("staging")
+    start = starting_point(ctx, "model.model_name_or_path", spec.model.model_name_or_path)
+    base, name = start.folder, start.name
+    train_file = ctx.input("dataset.file")
+    eval_file = ctx.input("dataset.eval_file") if spec.dataset.eval_file else None
+
+    ctx.phase("loading")
+    set_seed(spec.training.seed)
+    tokenizer = load_tokenizer(base)
+    model, compute = load_model(base, spec.model, ctx)
+    stops = stop_tokens(tokenizer, model.generation_config)
+
+    def dataset(path: Path, field: str) -> Any:
+        return load_preferences(path, tokenizer, stops=stops, max_length=spec.training.max_length, ctx=ctx, field=field)
+
+    watch = Watch()
+    full = spec.model.method == "full"
+
+    def tidy(folder: Path) -> None:
+        if not full:
+            canonical_adapter(folder, name)
+
+    trainer = ordering_pairs(watched(DPOTrainer, watch, lean_loss=False))(
+        model=model,
+        args=training_arguments(
+            DPOConfig,
+            spec.training,
+            ctx,
+            compute,
+            max_length=None,
+            beta=spec.dpo.beta,
+            loss_type=[spec.dpo.loss_type],
+            label_smoothing=spec.dpo.label_smoothing,
+            # With an adapter the reference is the model without it; in full its answers are worked out beforehand,
+            # so that no second copy is kept.
+            precompute_ref_log_probs=full,
+        ),
+        train_dataset=dataset(train_file, "dataset.file"),
+        eval_dataset=dataset(eval_file, "dataset.eval_file") if eval_file else None,
+        processing_class=tokenizer,
+        callbacks=[reporter(ctx, watch, spec, tidy=tidy)],
+    )
+
+    if "ref" in getattr(trainer.model, "peft_config", {}):
+        # trl keeps a copy of the adapter as reference; a fresh adapter changes nothing, so the model without it is the
+        # same, and a checkpoint with two adapters is not read again.
+        trainer.model.delete_adapter("ref")
+    run_trainer(trainer, ctx, watch)
+    logged = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
+    learning: dict[str, float | None] = {
+        "first_loss": logged[0]["loss"],
+        "final_loss": logged[-1]["loss"],
+        "first_margin": logged[0]["rewards/margins"],
+        "final_margin": logged[-1]["rewards/margins"],
+    }
+    if eval_file:
+        ctx.phase("evaluating")
+        after = trainer.evaluate()
+        learning |= {
+            "eval_loss": after["eval_loss"],
+            "eval_margin": after["eval_rewards/margins"],
+            "eval_accuracy": after["eval_rewards/accuracies"],
+        }
+
+    ctx.phase("saving")
+    folder = ctx.output("model" if full else "adapter", name=spec.experiment_name, learning=learning)
+    trainer.model.save_pretrained(folder)
+    tidy(folder)
+    copy_companions(base, folder)
+    if not full:
+        quantization = spec.model.quantization_config
+        rounded = quantization.bnb_4bit_quant_type if quantization else None
+        write_base_record(folder, start.root, name, rounded, layer_digests(start.layers))
+    bad = non_finite(folder)
+    if bad:
+        raise RunError(Code.NON_FINITE_WEIGHTS, f"{len(bad)} trained tensors hold NaN or infinity, e.g. {bad[0]}")
+    ctx.result(
+        **learning,
+        steps=trainer.state.global_step,
+        epochs=trainer.state.epoch,
+        trainable_parameters=sum(part.numel() for part in trainer.model.parameters() if part.requires_grad),
+        tokens_per_second=watch.tokens_per_second,
+        train_seconds=watch.seconds,
+        peak_memory_bytes=peak_memory(compute.device),
+        dtype=compute.dtype,
+        device=compute.device,
+    )
+
+
+recipe = Recipe(DpoSpec, run)
