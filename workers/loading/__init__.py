@@ -2,11 +2,12 @@
 
 from workers.loading.adapters import BASE_FILE, canonical_adapter, check_base, read_adapter, write_base_record
 from workers.loading.chain import Start, attach, check_layers, fold, folded, layer_digests, starting_point
-from workers.loading.companions import copy_companions, has_tokenizer
-from workers.loading.conversations import Encoded, encode, load_dataset, load_tokenizer, stop_tokens
+from workers.loading.companions import copy_companions, has_tokenizer, tokenizer_files
+from workers.loading.conversations import Encoded, encode, encode_dataset, load_dataset, load_tokenizer, stop_tokens
 from workers.loading.devices import Compute, device_and_dtype, peak_memory, set_threads
 from workers.loading.merge_spec import MergeSpec
-from workers.loading.models import attach_adapter, base_label, load_base, load_model, refuse_quantised
+from workers.loading.models import attach_adapter, base_label, check_weights, load_base, load_model, refuse_quantised
+from workers.loading.prepared import lengths, origin, read_rows, rows_file
 from workers.loading.proof import PROMPTS, Effect, changed_tensors, compare, logits, prompt_ids
 from workers.loading.trainer import Watch, reporter, run_trainer, takes_positions, training_arguments, watched
 from workers.loading.weights import fingerprint, non_finite, sha256_files, stored_dtype, tensor_headers
@@ -27,26 +28,32 @@ __all__ = [
     "changed_tensors",
     "check_base",
     "check_layers",
+    "check_weights",
     "compare",
     "copy_companions",
     "device_and_dtype",
     "encode",
+    "encode_dataset",
     "fingerprint",
     "fold",
     "folded",
     "has_tokenizer",
     "layer_digests",
+    "lengths",
     "load_base",
     "load_dataset",
     "load_model",
     "load_tokenizer",
     "logits",
     "non_finite",
+    "origin",
     "peak_memory",
     "prompt_ids",
     "read_adapter",
     "refuse_quantised",
+    "read_rows",
     "reporter",
+    "rows_file",
     "run_trainer",
     "set_threads",
     "starting_point",
@@ -55,6 +62,7 @@ __all__ = [
     "stored_dtype",
     "takes_positions",
     "tensor_headers",
+    "tokenizer_files",
     "training_arguments",
     "watched",
     "write_base_record",

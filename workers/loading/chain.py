@@ -43,7 +43,9 @@ def starting_point(ctx: RunContext, field: str, reference: str) -> Start:
         )
     root = ctx.input(f"{field}.base")
     layers = (*map(Path, info.get("under", ())), given)
-    folder = ctx.work_dir / "start"
+    folder = (ctx.prepared_dir or ctx.work_dir) / "start"
+    if folder.is_dir():  # prepared
+        return Start(folder, name, root, layers)
     ctx.event("adapters_folded", f"{len(layers)} adapters are folded into their base to start from", layers=len(layers))
     fold(root, layers, name, folder)
     return Start(folder, name, root, layers)

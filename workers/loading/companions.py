@@ -29,6 +29,12 @@ def copy_companions(source: Path, target: Path, *, tokenizer: bool = True, other
     return names
 
 
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files that make its tokenizer, chat template included, by name."""
+    files = (path for path in directory.iterdir() if path.is_file())
+    return sorted(path for path in files if any(fnmatch(path.name, glob) for glob in TOKENIZER))
+
+
 def has_tokenizer(directory: Path) -> bool:
     """True when the folder can tell text from tokens by itself."""
     return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))

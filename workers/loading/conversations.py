@@ -1,5 +1,8 @@
 """Conversations as tokens: the chat template renders, and only the assistant's words are learnt."""
 
+import contextlib
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from os.path import commonprefix
 from pathlib import Path
@@ -10,6 +13,7 @@ from app.errors import Code, RunError
 from app.files.rows import Format, first_format, read
 from app.files.turns import Message, RowError
 from workers.loading.companions import has_tokenizer
+from workers.loading.prepared import origin, read_rows, rows_file
 
 IGNORED = -100
 
@@ -53,10 +57,24 @@ def load_tokenizer(directory: Path, *, chat: bool = False) -> Any:
     return tokenizer
 
 
-def stop_tokens(tokenizer: Any, generation_config: Any = None) -> set[int]:
-    """Ids that end an answer: the tokenizer's, and those that generation stops at."""
-    more = getattr(generation_config, "eos_token_id", None)
+def stop_tokens(tokenizer: Any, generation: Any = None) -> set[int]:
+    """Ids that end an answer: the tokenizer's, and those that generation stops at.
+
+    ``generation``: a ``GenerationConfig``, or the folder of the model, which is read without loading the model.
+    """
+    stored = _stored_stops(generation) if isinstance(generation, Path) else None
+    more = stored if isinstance(generation, Path) else getattr(generation, "eos_token_id", None)
     return {tokenizer.eos_token_id, *([more] if isinstance(more, int) else more or [])}
+
+
+def _stored_stops(directory: Path) -> Any:
+    """As transformers finds them: in generation_config.json, where there is none in config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # the loader names that fault
+                config = json.loads((directory / name).read_bytes())
+                return config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    return None
 
 
 def encode(messages: list[Message], tokenizer: Any, stops: set[int]) -> Encoded:
@@ -137,10 +155,41 @@ def load_dataset(
 ) -> Any:
     """A ``datasets.Dataset`` of ``input_ids`` and ``labels``; long rows are cut and counted in an event.
 
-    Raises RunError bad_data for a row that cannot be read or rendered, and when nothing is left to learn.
+    Rows that were prepared are taken as they are. Raises RunError bad_data for a row that cannot be read or rendered,
+    and when nothing is left to learn.
     """
-    from datasets import Dataset
+    file = encode_dataset(path, format, tokenizer, stops=stops, max_length=max_length, ctx=ctx, field=field)
+    return read_rows(file)
 
+
+def encode_dataset(
+    path: Path,
+    format: Format | Literal["auto"],
+    tokenizer: Any,
+    *,
+    stops: set[int],
+    max_length: int,
+    ctx: RunContext,
+    field: str = "dataset.file",
+) -> Path:
+    """What ``load_dataset`` reads, as a file; for ``prepare``, because it imports less."""
+
+    def made_from() -> dict[str, Any]:
+        return origin(path, tokenizer, stops=sorted(stops), max_length=max_length, format=format)
+
+    return rows_file(ctx, field, made_from, _rows(path, format, tokenizer, stops, max_length, ctx, field))
+
+
+def _rows(
+    path: Path,
+    format: Format | Literal["auto"],
+    tokenizer: Any,
+    stops: set[int],
+    max_length: int,
+    ctx: RunContext,
+    field: str,
+) -> Iterator[dict[str, list[int]]]:
+    """The rows that can be learnt from; at the end it says how they are."""
     shape = first_format(path) if format == "auto" else format
     if not tokenizer.chat_template and shape != "prompt_completion":
         raise RunError(
@@ -149,17 +198,26 @@ def load_dataset(
             hint="use an instruct model, or give prompt/completion rows",
             param=field,
         )
-    rows: list[Encoded] = []
-    truncated = dropped = rewritten = 0
+    count: Counter[str] = Counter()
     for row in _encoded(read(path, format), tokenizer, stops, field):
-        rewritten += not row.split
-        truncated += len(row.input_ids) > max_length
-        kept = Encoded(row.input_ids[:max_length], row.labels[:max_length])
-        if any(label != IGNORED for label in kept.labels[1:]):
-            rows.append(kept)
+        count["rewritten"] += not row.split
+        count["truncated"] += len(row.input_ids) > max_length
+        labels = row.labels[:max_length]
+        learnt = sum(label != IGNORED for label in labels)
+        if any(label != IGNORED for label in labels[1:]):
+            kept = row.input_ids[:max_length]
+            count += Counter(rows=1, tokens=len(kept), learnt=learnt)
+            count["longest"] = max(count["longest"], len(kept))
+            yield {"input_ids": kept, "labels": labels}
         else:
-            dropped += 1
-    if not rows:
+            count["dropped"] += 1
+    _report(count, max_length, ctx, field)
+
+
+def _report(count: "Counter[str]", max_length: int, ctx: RunContext, field: str) -> None:
+    """Raises RunError bad_data when nothing was kept."""
+    truncated, dropped = count["truncated"], count["dropped"]
+    if not count["rows"]:
         raise RunError(
             Code.BAD_DATA,
             f"nothing is left to learn: all {dropped} answers lie behind the first {max_length} tokens",
@@ -171,24 +229,21 @@ def load_dataset(
             f"{truncated} rows were cut at {max_length} tokens; {dropped} of them kept no answer and were left out"
         )
         ctx.event("rows_truncated", message, level="warn", truncated=truncated, dropped=dropped, max_length=max_length)
-    if rewritten:
+    if count["rewritten"]:
         ctx.event(
             "template_rewrites_history",
-            f"the chat template changes earlier turns; in {rewritten} rows only the last answer is learnt",
+            f"the chat template changes earlier turns; in {count['rewritten']} rows only the last answer is learnt",
             level="warn",
-            rows=rewritten,
+            rows=count["rewritten"],
         )
-    tokens = sum(len(row.input_ids) for row in rows)
-    learnt = sum(label != IGNORED for row in rows for label in row.labels)
     ctx.event(
         "dataset_loaded",
-        f"{field}: {len(rows)} rows, {tokens:,} tokens, {learnt:,} of them learnt",
-        rows=len(rows),
-        tokens=tokens,
-        learnt_tokens=learnt,
-        longest=max(len(row.input_ids) for row in rows),
+        f"{field}: {count['rows']} rows, {count['tokens']:,} tokens, {count['learnt']:,} of them learnt",
+        rows=count["rows"],
+        tokens=count["tokens"],
+        learnt_tokens=count["learnt"],
+        longest=count["longest"],
     )
-    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
 
 
 def _encoded(conversations: Iterable[list[Message]], tokenizer: Any, stops: set[int], field: str) -> Iterator[Encoded]:

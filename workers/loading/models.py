@@ -50,13 +50,7 @@ def load_base(
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        raise RunError(
-            Code.BAD_SPEC,
-            f"{directory.name} is an adapter, not a model",
-            hint="merge it into its base first and name the merged model",
-        )
-    tensor_headers(directory)  # names a broken file, where the loader would only fail
+    check_weights(directory)
     extra: dict[str, Any] = {}
     if quantization:
         extra["device_map"] = {"": compute.device}
@@ -83,6 +77,17 @@ def load_base(
         # transformers fills them with random numbers and carries on.
         raise RunError(Code.MODEL_INVALID, f"{directory.name} lacks {len(missing)} tensors, e.g. {missing[0]}")
     return differentiable(model) if quantization else model.to(compute.device)
+
+
+def check_weights(directory: Path) -> None:
+    """Names what is wrong with a model's files, where the loader would only fail; reads headers alone."""
+    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+        raise RunError(
+            Code.BAD_SPEC,
+            f"{directory.name} is an adapter, not a model",
+            hint="merge it into its base first and name the merged model",
+        )
+    tensor_headers(directory)
 
 
 def differentiable(model: Any) -> Any:

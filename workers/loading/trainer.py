@@ -13,6 +13,7 @@ from app.errors import Code, RunError
 from app.specs import TrainingBlock, TrainSpec
 from workers.loading.cadence import Cadence
 from workers.loading.devices import Compute
+from workers.loading.prepared import lengths
 from workers.loading.sampling import BatchOrder
 
 MAX_BAD_STEPS = 3
@@ -106,8 +107,8 @@ def watched(trainer: Any, watch: Watch, *, lean_loss: bool) -> Any:
                     parameter.data = parameter.data.to(torch.float32)
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
-            return BatchOrder(lengths, self.args.train_batch_size, self.args.seed)
+            rows = lengths(train_dataset or self.train_dataset)
+            return BatchOrder(rows, self.args.train_batch_size, self.args.seed)
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             watch.tokens += int(inputs["attention_mask"].sum())
@@ -198,10 +199,11 @@ def reporter(ctx: RunContext, watch: Watch, spec: TrainSpec, *, tidy: Callable[[
                 tokens_per_second=watch.tokens_per_second,
                 eta_seconds=pace * (total - step),
             )
-            if step < total and ctx.stop_requested():
+            stop, due = _agreed(args, ctx.stop_requested(), cadence.due())
+            if step < total and stop:
                 watch.stopped = True
                 control.should_save = control.should_training_stop = True
-            elif cadence.due():
+            elif due:
                 control.should_save = True
             if watch.bad_steps:
                 control.should_save = False  # the last good checkpoint stays the last
@@ -226,6 +228,8 @@ def reporter(ctx: RunContext, watch: Watch, spec: TrainSpec, *, tidy: Callable[[
             ctx.metrics(state.global_step, finite)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not state.is_world_process_zero:
+                return
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             tidy(folder)
             fresh = state.global_step == self.logged_at
@@ -235,6 +239,17 @@ def reporter(ctx: RunContext, watch: Watch, spec: TrainSpec, *, tidy: Callable[[
             cadence.end()
 
     return Reporter()
+
+
+def _agreed(args: Any, *wishes: bool) -> list[bool]:
+    """What any rank wishes: they save together, and ranks that part ways would wait for each other for ever."""
+    if args.world_size == 1:
+        return list(wishes)
+    import torch
+
+    flags = torch.tensor(wishes, dtype=torch.int32, device=args.device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in flags]
 
 
 def run_trainer(trainer: Any, ctx: RunContext, watch: Watch) -> None:

@@ -7,15 +7,19 @@ from app.catalog import Recipe, RunContext
 from app.errors import Code, RunError
 from app.specs import TrainSpec
 from workers.loading import (
+    Start,
     Watch,
     canonical_adapter,
+    check_weights,
     copy_companions,
+    encode_dataset,
     layer_digests,
     load_dataset,
     load_model,
     load_tokenizer,
     non_finite,
     peak_memory,
+    refuse_quantised,
     reporter,
     run_trainer,
     set_threads,
@@ -34,6 +38,32 @@ class SftSpec(TrainSpec):
     algorithm: Literal["sft"] = "sft"
 
 
+def prepare(spec: SftSpec, ctx: RunContext) -> None:
+    """Fetches the model, looks at its files, tokenises the data: what needs no GPU."""
+    ctx.phase("staging")
+    start = starting_point(ctx, "model.model_name_or_path", spec.model.model_name_or_path)
+    check_weights(start.folder)
+    refuse_quantised(start.folder, "trained", spec.model.model_name_or_path)
+    tokenizer = load_tokenizer(start.folder)
+    for field in _data_fields(spec):
+        encode_dataset(ctx.input(field), field=field, **_encoding(spec, ctx, start, tokenizer))
+
+
+def _data_fields(spec: SftSpec) -> list[str]:
+    return ["dataset.file", *(["dataset.eval_file"] if spec.dataset.eval_file else [])]
+
+
+def _encoding(spec: SftSpec, ctx: RunContext, start: Start, tokenizer: Any) -> dict[str, Any]:
+    """How rows are encoded, the same before and in the run."""
+    return {
+        "format": spec.dataset.format,
+        "tokenizer": tokenizer,
+        "stops": stop_tokens(tokenizer, start.folder),
+        "max_length": spec.training.max_length,
+        "ctx": ctx,
+    }
+
+
 def run(spec: SftSpec, ctx: RunContext) -> None:
     """Load, encode, train, save."""
     from transformers import set_seed
@@ -43,25 +73,14 @@ def run(spec: SftSpec, ctx: RunContext) -> None:
     ctx.phase("staging")
     start = starting_point(ctx, "model.model_name_or_path", spec.model.model_name_or_path)
     base, name = start.folder, start.name
-    train_file = ctx.input("dataset.file")
-    eval_file = ctx.input("dataset.eval_file") if spec.dataset.eval_file else None
 
     ctx.phase("loading")
     set_seed(spec.training.seed)
     tokenizer = load_tokenizer(base)
     model, compute = load_model(base, spec.model, ctx)
-    stops = stop_tokens(tokenizer, model.generation_config)
-
-    def dataset(path: Path, field: str) -> Any:
-        return load_dataset(
-            path,
-            spec.dataset.format,
-            tokenizer,
-            stops=stops,
-            max_length=spec.training.max_length,
-            ctx=ctx,
-            field=field,
-        )
+    encoding = _encoding(spec, ctx, start, tokenizer)
+    data = [load_dataset(ctx.input(field), field=field, **encoding) for field in _data_fields(spec)]
+    train_data, eval_data = (*data, None)[:2]
 
     watch = Watch()
     full = spec.model.method == "full"
@@ -77,18 +96,18 @@ def run(spec: SftSpec, ctx: RunContext) -> None:
         args=training_arguments(
             SFTConfig, spec.training, ctx, compute, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
         ),
-        train_dataset=dataset(train_file, "dataset.file"),
-        eval_dataset=dataset(eval_file, "dataset.eval_file") if eval_file else None,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
         processing_class=tokenizer,
         callbacks=[reporter(ctx, watch, spec, tidy=tidy)],
     )
 
     learning: dict[str, float | None] = {}
-    if eval_file:
+    if eval_data:
         ctx.phase("evaluating")
         learning["eval_loss_base"] = trainer.evaluate()["eval_loss"]
     run_trainer(trainer, ctx, watch)
-    if eval_file:
+    if eval_data:
         ctx.phase("evaluating")
         learning["eval_loss"] = trainer.evaluate()["eval_loss"]
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -120,4 +139,4 @@ def run(spec: SftSpec, ctx: RunContext) -> None:
     )
 
 
-recipe = Recipe(SftSpec, run)
+recipe = Recipe(SftSpec, run, prepare=prepare)
