@@ -16,7 +16,10 @@ def from_preference(row: Mapping[str, Any]) -> tuple[list[Message], list[Message
     Answers are texts, one turn, or lists of turns; the prompt stands in prompt, messages, conversations or (OpenAI's
     shape) input.messages, or is what both answers begin with.
     """
-    good, bad = next(pair for pair in PREFERENCE_FIELDS if pair[0] in row and pair[1] in row)
+    found = [pair for pair in PREFERENCE_FIELDS if pair[0] in row and pair[1] in row]
+    if not found:
+        raise RowError("chosen", "is missing: each row needs a chosen and a rejected answer")
+    good, bad = found[0]
     prompt = _prompt(row)
     chosen, rejected = _answer(row, good), _answer(row, bad)
     if not prompt:
@@ -37,6 +40,8 @@ def from_preference(row: Mapping[str, Any]) -> tuple[list[Message], list[Message
 
 def from_prompt(row: Mapping[str, Any]) -> list[Message]:
     """The turns of a row that only asks. Raises RowError."""
+    if row.get("prompt") is None:
+        raise RowError("prompt", "is missing")
     turns = _turns(row["prompt"], "prompt", "user")
     if not turns or turns[-1]["role"] == "assistant":
         raise RowError("prompt", "must end with somebody else's turn; the model answers it")

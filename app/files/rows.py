@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from app.files.json_rows import Fault, Unit, kind, quote, read_objects
+from app.files.json_rows import Fault, Row, Unit, kind, quote, read_objects
 from app.files.preferences import PREFERENCE_FIELDS, from_preference, from_prompt
 from app.files.turns import Message, RowError, field_of, items, message, sharegpt_turn, text
 
@@ -135,6 +135,18 @@ def read_pairs(path: Path) -> Iterator[Example]:
     return _examples(path, "auto", frozenset({"preference"}))
 
 
+def read_judged(path: Path, format: Format | Literal["auto"] = "auto") -> Iterator[tuple[list[Message], bool]]:
+    """Conversations with the row's ``label``: whether the last answer is a good one. Raises RowError."""
+    for row, example in _rows(path, format, CONVERSATIONS):
+        label = row.value.get("label") if row.value is not None else None
+        if not isinstance(label, bool):
+            said = "is missing" if label is None else f"must be true or false, not {quote(label)}"
+            raise RowError("label", f"{said}: each row says whether its answer is a good one", row.place, row.unit)
+        if example.messages[-1]["role"] != "assistant":
+            raise RowError("messages", "must end with the answer that the label judges", row.place, row.unit)
+        yield example.messages, label
+
+
 def read_prompts(path: Path, format: Format | Literal["auto"] = "auto") -> Iterator[list[Message]]:
     """What each row asks: everything before its last answer. Raises RowError."""
     for example in _examples(path, format, frozenset(FORMATS)):
@@ -144,9 +156,11 @@ def read_prompts(path: Path, format: Format | Literal["auto"] = "auto") -> Itera
         yield turns
 
 
-def _examples(
-    path: Path, format: Format | Literal["auto"], wanted: frozenset[Format] = frozenset(FORMATS)
-) -> Iterator[Example]:
+def _examples(path: Path, format: Format | Literal["auto"], wanted: frozenset[Format]) -> Iterator[Example]:
+    return (example for _, example in _rows(path, format, wanted))
+
+
+def _rows(path: Path, format: Format | Literal["auto"], wanted: frozenset[Format]) -> Iterator[tuple[Row, Example]]:
     shape: Format | None = None if format == "auto" else format
     for row in read_objects(path):
         if row.fault or row.value is None:
@@ -158,7 +172,7 @@ def _examples(
             shape, example = _normalise(row.value, shape)
         except RowError as error:
             raise RowError(error.field, error.message, row.place, row.unit) from None
-        yield example
+        yield row, example
 
 
 def _refuse(row: Mapping[str, Any], wanted: frozenset[Format]) -> None:

@@ -1,5 +1,6 @@
 """Preferences as tokens: what was asked once, and both answers up to and including their end."""
 
+import random
 from collections.abc import Iterator
 from os.path import commonprefix
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 from app.catalog import RunContext
 from app.errors import Code, RunError
-from app.files.rows import Example, read_pairs
+from app.files.rows import Example, read_judged, read_pairs
 from app.files.turns import Message, RowError
 from workers.loading.sampling import BatchOrder
 
@@ -92,6 +93,77 @@ def load_preferences(
     )
 
 
+def load_judged(
+    path: Path,
+    format: Any,
+    tokenizer: Any,
+    *,
+    stops: set[int],
+    max_length: int,
+    batch_size: int,
+    seed: int | None,
+    ctx: RunContext,
+    field: str,
+) -> Any:
+    """A ``datasets.Dataset`` of ``prompt_ids``, ``completion_ids``, ``label`` and ``KL_completion_ids``, for KTO.
+
+    Shuffled by ``seed`` (None = as it is): the last column pairs each prompt with another answer of its batch, so that
+    the order of training is settled here. Rows longer than ``max_length`` tokens are left out and counted.
+    """
+    from datasets import Dataset
+
+    kept: list[tuple[list[int], list[int], bool]] = []
+    total = dropped = 0
+    for total, (prompt, answer, label) in enumerate(_judged(path, format, tokenizer, stops, field), 1):  # noqa: B007
+        if len(prompt) + len(answer) > max_length:
+            dropped += 1
+        else:
+            kept.append((prompt, answer, label))
+    good = sum(label for *_, label in kept)
+    if good in (0, len(kept)):
+        raise RunError(
+            Code.BAD_DATA,
+            f"of {total} rows, {len(kept)} fit into {max_length} tokens, and {good} of these are labelled good",
+            hint="KTO needs good and bad answers; add the missing kind, or raise training.max_length",
+            param=field,
+        )
+    if dropped:
+        message = f"{dropped} of {total} rows are longer than {max_length} tokens and were left out"
+        ctx.event("rows_dropped", message, level="warn", dropped=dropped, max_length=max_length)
+    if seed is not None:
+        random.Random(seed).shuffle(kept)
+    answers = [answer for _, answer, _ in kept]
+    others: list[list[int]] = []
+    for start in range(0, len(kept), batch_size):
+        batch = answers[start : start + batch_size]
+        others += [batch[-1], *batch[:-1]]
+    ctx.event("dataset_loaded", f"{field}: {len(kept)} rows, {good} of them good", rows=len(kept), good=good)
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [prompt for prompt, _, _ in kept],
+            "completion_ids": answers,
+            "KL_completion_ids": others,
+            "label": [label for *_, label in kept],
+        }
+    )
+
+
+def _judged(
+    path: Path, format: Any, tokenizer: Any, stops: set[int], field: str
+) -> Iterator[tuple[list[int], list[int], bool]]:
+    number = 0
+    try:
+        for number, (messages, label) in enumerate(read_judged(path, format), 1):  # noqa: B007 - read in the handler
+            row = encode_preference(Example(messages[:-1], messages[-1:], messages[-1:]), tokenizer, stops)
+            yield row.prompt, row.chosen, label
+    except RowError as error:
+        raise RunError(Code.BAD_DATA, str(error), param=field) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        raise RunError(Code.BAD_DATA, f"row {number}: the chat template refuses it: {error}", param=field) from error
+
+
 def _encoded(path: Path, tokenizer: Any, stops: set[int], field: str) -> Iterator[Preference]:
     number = 0
     try:
@@ -122,3 +194,17 @@ def ordering_pairs(trainer: Any) -> Any:
             return dataset
 
     return Ordering
+
+
+def in_given_order(trainer: Any) -> Any:
+    """The trainer that takes its data as they are, row after row."""
+    from torch.utils.data import SequentialSampler
+
+    class InGivenOrder(trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return SequentialSampler(train_dataset or self.train_dataset)
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    return InGivenOrder
