@@ -1,6 +1,7 @@
 """What a run sees of the world: the runner's implementation of ``RunContext``, over an attempt directory."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ ATTEMPT = "attempt.json"
 RESULT = "result.json"
 EVENTS = "events.jsonl"
 LOG = "log.txt"
+RANKS = "ranks"
 _PROGRESS_SECONDS = 0.5
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 
@@ -31,6 +33,16 @@ class Output:
     name: str | None
     folder: str
     facts: dict[str, Any]
+
+
+def rank() -> int:
+    """Which of a run's processes this is: torchrun says it where there are several."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def result_path(attempt_dir: Path) -> Path:
+    """Where a run says how it ended. Of the ranks beside the first that is kept for when the first says nothing."""
+    return attempt_dir / (RESULT if rank() == 0 else f"{RANKS}/{rank()}.json")
 
 
 class JobContext:
@@ -49,7 +61,9 @@ class JobContext:
         self.outputs: list[Output] = []
         self._dir = attempt_dir
         self._inputs: dict[str, dict[str, Any]] = attempt["inputs"]
-        self._journal = Journal(attempt_dir / EVENTS)
+        # Of the ranks of a run on several GPUs the first tells what happens; the others write nothing.
+        self.leads = rank() == 0
+        self._journal = Journal(attempt_dir / EVENTS if self.leads else Path(os.devnull))
         self._stop = threading.Event()
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._committing: Future[None] | None = None
@@ -114,11 +128,15 @@ class JobContext:
         """See RunContext."""
         numbers = {name: finite(value) for name, value in values.items()}
         self._journal.write("metric", step=step, values=numbers)
+        if not self.leads:
+            return
         with (self._dir / "trainer_log.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
 
     def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float], *, keep: int | None = None) -> None:
         """See RunContext. Hashing, fsync and rotation run in a thread; one checkpoint at a time."""
+        if not self.leads:
+            return
         self.settle()
         numbers = {name: finite(value) for name, value in metrics.items()}
         self._committing = self._committer.submit(self._commit, path, step, numbers, keep)
@@ -153,7 +171,7 @@ class JobContext:
 
     def output(self, kind: ArtifactKind, name: str | None = None, **facts: Any) -> Path:
         """See RunContext."""
-        folder = self._dir / f"out{len(self.outputs)}.tmp"
+        folder = self._dir / (f"out{len(self.outputs)}.tmp" if self.leads else f"out{len(self.outputs)}.{rank()}")
         folder.mkdir()
         self.outputs.append(Output(kind, name, folder.name, facts))
         return folder

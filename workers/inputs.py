@@ -43,6 +43,7 @@ def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Jo
         "job_id": job.id,
         "type": job.type,
         "algorithm": job.algorithm,
+        "gpus": job.gpus,
         "spec": job.resolved_spec,
         "inputs": inputs,
         "packages": list(settings.packages),

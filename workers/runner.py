@@ -19,7 +19,7 @@ from app.catalog import Interrupted, discover
 from app.errors import Code, RunError
 from app.processes import LIFE_FD, harden, watch_lifeline
 from app.storage import write_private
-from workers.context import ATTEMPT, RESULT, JobContext
+from workers.context import ATTEMPT, JobContext, result_path
 
 _EXITS = {
     Code.BAD_DATA: states.EXIT_BAD_DATA,
@@ -92,7 +92,7 @@ def _failed(folder: Path, error: RunError, context: JobContext) -> int:
 
 
 def _write(folder: Path, result: dict[str, Any]) -> None:
-    write_private(folder / RESULT, json.dumps(result, default=str).encode())
+    write_private(result_path(folder), json.dumps(result, default=str).encode())
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from app.crashpoints import reached
 from app.db import Database
 from app.errors import Code, RunError
 from app.jobs import repository
+from app.jobs.placement import ON_A_GPU
 from app.models import Checkpoint, Job, new_id
 from app.processes import exited
 from app.queue import AnyDoorbell
@@ -66,7 +67,8 @@ class Supervision:
                 checkpoints = repository.checkpoints(session, self.job.id)
             attempt["resume_from"] = self._resume_from(checkpoints)
             reached("spawn.before")
-            child = self.spawn("workers.runner", attempt)
+            several = self.job.gpus > 1 and self.job.slot_class in ON_A_GPU
+            child = self.spawn("workers.ranks" if several else "workers.runner", attempt)
             reached("spawn.after")
         except RunError as error:
             self.ledger.fail(error)
