@@ -2,7 +2,7 @@
 
 import typer
 
-from app.commands import data, demo, jobs, models, processes
+from app.commands import data, demo, fleet, jobs, models, processes
 
 app = typer.Typer(
     name="tunesmith",
@@ -25,6 +25,7 @@ app.command()(jobs.validate)
 app.command("import")(jobs.import_model)
 app.command()(models.deploy)
 app.command()(models.chat)
+app.command()(fleet.workers)
 app.command()(processes.up)
 app.command()(processes.api)
 app.command()(processes.worker)

@@ -14,6 +14,7 @@ from app.db import Database
 from app.deployments.router import router as deployments
 from app.deps import Rooms, RoomsDep
 from app.files.router import router as files
+from app.fleet.router import router as fleet
 from app.gateway.proxy import EngineClient
 from app.gateway.router import router as gateway
 from app.jobs.router import router as jobs
@@ -62,7 +63,7 @@ def create_app(settings: Settings | None = None, doorbell: AnyDoorbell | None = 
     app.state.stopping = False
     http.install(app)
     app.add_middleware(http.Guard, settings=settings)
-    for router in (jobs, files, artifacts, deployments, openai, gateway):
+    for router in (jobs, files, artifacts, deployments, fleet, openai, gateway):
         app.include_router(router)
     _add_health(app)
     _add_schemas(app, rooms)

@@ -67,11 +67,10 @@ def _spot(slot: Slot, holder: Holder | None) -> Spot:
     )
 
 
-def workers(session: Session, seen_since: datetime) -> Sequence[Worker]:
+def workers(session: Session, seen_since: datetime, limit: int) -> Sequence[Worker]:
     """Workers that were seen, or said goodbye, since then; newest first."""
-    return session.scalars(
-        select(Worker).where(Worker.seen_at > seen_since).order_by(Worker.started_at.desc(), Worker.id)
-    ).all()
+    query = select(Worker).where(Worker.seen_at > seen_since)
+    return session.scalars(query.order_by(Worker.started_at.desc(), Worker.id.desc()).limit(limit)).all()
 
 
 def slots_of(session: Session, worker_ids: Iterable[str]) -> dict[str, list[tuple[Slot, str | None]]]:

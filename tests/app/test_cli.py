@@ -11,7 +11,9 @@ import uvicorn
 from typer.testing import CliRunner, Result
 
 from app.cli import app
+from app.db import Database
 from app.main import create_app
+from app.models import Slot, Worker
 from app.settings import Settings
 from tests.support import GOOD_JSONL, wait_for
 
@@ -126,3 +128,15 @@ def test_migrate_checks_that_models_and_migrations_agree(tmp_path: Path, monkeyp
     assert not (tmp_path / "data" / "tunesmith.db").exists()
     assert CliRunner().invoke(app, ["migrate"]).exit_code == 0
     assert (tmp_path / "data" / "tunesmith.db").exists()
+
+
+def test_workers_and_their_slots(cli: Callable[..., Result], database: Database) -> None:
+    with database.write() as session:
+        session.add(Worker(id="box-1", host="box", pid=1))
+        session.flush()
+        gpu = {"gpu": 0, "vram_gb": 24.0, "name": "RTX", "reserved": True}
+        session.add(Slot(worker_id="box-1", slot_id="gpu-0", slot_class="gpu", facts=gpu))
+    shown = cli("workers").stdout
+    for word in ("box-1", "alive", "gpu-0", "gpu (reserved)", "RTX", "24.0"):
+        assert word in shown
+    assert json.loads(cli("workers", "--json").stdout)["data"][0]["slots"][0]["slot_id"] == "gpu-0"
