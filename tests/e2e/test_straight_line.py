@@ -15,33 +15,9 @@ from app.processes import processes_of_instance
 from app.settings import Settings
 from app.up import running_service
 from tests.support import wait_for
-from tests.workers.conftest import SYSTEM, conversation, make_tokenizer
+from tests.workers.conftest import SYSTEM, conversation, make_servable_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-
-
-def servable_model(folder: Path) -> Path:
-    """A random Llama whose heads are as wide as vLLM's CPU kernels want them."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder.mkdir()
-    tokenizer = make_tokenizer(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +72,7 @@ def test_a_posted_job_becomes_a_model_that_an_openai_client_chats_with(
 ) -> None:
     from openai import NotFoundError, OpenAI
 
-    base = servable_model(settings.model_roots[0] / "base")
+    base = make_servable_model(settings.model_roots[0] / "base")
     imported = succeeded(client, client.submit({"type": "import", "path": str(base), "name": "tiny"}))
     assert imported["artifact_ids"]
 
@@ -155,7 +131,7 @@ def test_preferences_become_a_served_model(client: Client, settings: Settings, t
     from openai import OpenAI
 
     base = settings.model_roots[0] / "base-rlhf"
-    servable_model(base)
+    make_servable_model(base)
     rows = [conversation(number) for number in range(60)]
     talks, pairs = tmp_path / "talks.jsonl", tmp_path / "pairs.jsonl"
     talks.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))

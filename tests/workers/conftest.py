@@ -50,8 +50,10 @@ def make_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> Any:
     return tokenizer
 
 
-def make_model(folder: Path, *, architecture: str = "llama", seed: int = 0, dtype: str = "float32") -> Path:
-    """Two layers, 64 wide, 4 heads of which 2 for keys; random weights."""
+def make_model(
+    folder: Path, *, architecture: str = "llama", seed: int = 0, dtype: str = "float32", **config: int
+) -> Path:
+    """Two layers, 64 wide, 4 heads of which 2 for keys, unless ``config`` says otherwise; random weights."""
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -59,22 +61,30 @@ def make_model(folder: Path, *, architecture: str = "llama", seed: int = 0, dtyp
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(folder)
     torch.manual_seed(seed)
-    config = config_class(
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    whole = config_class(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
+        **sizes | config,
     )
-    model_class(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    model_class(whole).to(getattr(torch, dtype)).save_pretrained(folder)
     (folder / "LICENSE").write_text("Do what you like.\n")
     return folder
+
+
+def make_servable_model(folder: Path) -> Path:
+    """Heads of 64, as wide as vLLM's CPU kernels want them."""
+    return make_model(folder, hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=1)
 
 
 @pytest.fixture(autouse=True)

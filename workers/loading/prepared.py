@@ -70,7 +70,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> Path:
     """Writes rows in batches, so that memory does not grow with the data; whole or not there."""
     import pyarrow as pa
 
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks of one run share the folder
     batches = _batches(rows)
     first = next(batches, [])
     schema = pa.schema(
