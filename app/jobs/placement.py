@@ -119,7 +119,7 @@ class Board:
 
     def could_hold(self, need: Need) -> bool:
         """Whether the job could ever run here."""
-        return any(len(group) >= need.devices for group in self._groups(need))
+        return any(len(group) >= need.devices for group in self.groups(need))
 
     def place(
         self, need: Need, own: Device | None = None, away: frozenset[str] = frozenset()
@@ -128,7 +128,7 @@ class Board:
 
         An engine leaves the slots that anybody may have to others while a reserved one is idle.
         """
-        for group in self._groups(need):
+        for group in self.groups(need):
             if own is not None and own not in group:
                 continue
             rooms = {device: room for device in group if (room := device.room(need, away))}
@@ -145,16 +145,17 @@ class Board:
         """The devices that are kept free for a job that waits for several of them, or for a whole one."""
         if self.place(need):
             return []
-        for group in self._groups(need):
+        for group in self.groups(need):
             if len(group) >= need.devices:
                 return sorted(group, key=lambda device: len(device.holders))[: need.devices]
         return []
 
     def idle(self, need: Need) -> int:
         """How many of the devices that suit the job are wholly idle."""
-        return max((sum(not device.holders for device in group) for group in self._groups(need)), default=0)
+        return max((sum(not device.holders for device in group) for group in self.groups(need)), default=0)
 
-    def _groups(self, need: Need) -> list[list[Device]]:
+    def groups(self, need: Need) -> list[list[Device]]:
+        """The devices that suit the job, class by class: a job's devices are of one class."""
         suitable = [device for device in self.devices if device.suits(need)]
         return [list(group) for _, group in groupby(suitable, lambda device: device.first.slot_class)]
 

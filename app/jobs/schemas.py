@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.jobs.forecast import Place
 from app.models import Checkpoint, Job, JobEvent, Metric
 from app.states import JobState
 
@@ -43,6 +44,9 @@ class JobOut(BaseModel):
     phase: str | None = Field(description="For display only: staging, loading, training, saving, merging, …")
     hold_reason: str | None
     queue_position: int | None = Field(description="1 = next; null unless the job waits for a slot.")
+    estimated_start_at: datetime | None = Field(
+        description="An estimate from what runs now and how long such jobs took of late; null when unknown."
+    )
     progress: ProgressOut
     spec: dict[str, Any] = Field(description="As submitted.")
     resolved_spec: dict[str, Any] = Field(description="With every default filled in and every reference pinned.")
@@ -62,7 +66,7 @@ class JobOut(BaseModel):
     priority: int
 
     @classmethod
-    def of(cls, row: Job, artifact_ids: list[str], depends_on: list[str], position: int | None) -> "JobOut":
+    def of(cls, row: Job, artifact_ids: list[str], depends_on: list[str], place: Place | None) -> "JobOut":
         """From its row and what belongs to it."""
         paused = row.state == JobState.QUEUED and row.paused_at is not None
         hold = "paused" if paused else "dependency" if row.state == JobState.QUEUED and row.blocked_by else None
@@ -74,7 +78,8 @@ class JobOut(BaseModel):
             status="paused" if paused else row.state,
             phase=row.phase,
             hold_reason=hold or row.hold_reason,
-            queue_position=position,
+            queue_position=place.position if place else None,
+            estimated_start_at=place.starts_at if place else None,
             progress=ProgressOut.model_validate(row.progress or {}),
             spec=row.spec,
             resolved_spec=row.resolved_spec,

@@ -18,7 +18,7 @@ from app.catalog import Catalog
 from app.deployments import repository as deployments
 from app.errors import BadRequest, Code, Conflict, IdempotencyKeyReused, InsufficientStorage, NotFound
 from app.files import repository as files
-from app.jobs import claims, repository
+from app.jobs import forecast, repository
 from app.jobs.intake import Intake, validate_spec
 from app.jobs.repository import Move
 from app.jobs.schemas import CheckpointOut, EventOut, JobOut, StepMetrics, by_step
@@ -389,7 +389,7 @@ def existing(session: Session, project_id: str, job_id: str, param: str = "job_i
 def _shown(session: Session, rows: Sequence[Job]) -> list[JobOut]:
     ids = [row.id for row in rows]
     left, waits = repository.artifact_ids(session, ids), repository.parents(session, ids)
-    places = claims.queue_positions(session, rows)
+    places = forecast.places(session, rows)
     return [JobOut.of(row, left[row.id], waits[row.id], places.get(row.id)) for row in rows]
 
 
