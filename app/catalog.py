@@ -194,6 +194,10 @@ class Catalog:
         plug = self.recipes[algorithm] if type_ == "train" and algorithm else self.operations[type_]
         return plug.slot
 
+    def prepares(self, type_: str, algorithm: str | None) -> bool:
+        """Whether a light slot makes the inputs ready before the job takes its own."""
+        return type_ == "train" and algorithm is not None and self.recipes[algorithm].prepare is not None
+
     def schema_adapter(self) -> TypeAdapter[Any]:
         """All specs as one union: ``type`` selects, within train ``algorithm`` selects. For OpenAPI."""
         trains = [recipe.spec for recipe in self.recipes.values()]

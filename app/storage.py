@@ -108,7 +108,7 @@ class Storage:
 
     @staticmethod
     def thin_checkpoint(folder: Path) -> None:
-        """Leaves weights, config and tokenizer; COMPLETE.json says so first, so that a crash leaves at most too much."""
+        """Leaves weights, config, tokenizer; COMPLETE.json says so first, so that a crash leaves at most too much."""
         record = json.loads((folder / COMPLETE).read_bytes())
         kept = {name: entry for name, entry in record["files"].items() if not name.startswith(TRAINER_STATE)}
         record |= {"files": kept, "resumable": False}

@@ -20,6 +20,8 @@ ATTEMPT = "attempt.json"
 RESULT = "result.json"
 EVENTS = "events.jsonl"
 LOG = "log.txt"
+PREPARED = "prepared"
+FETCHED = "fetched.json"
 RANKS = "ranks"
 _PROGRESS_SECONDS = 0.5
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -55,6 +57,9 @@ class JobContext:
         self.catalog = catalog
         prepared = attempt.get("prepared_dir")
         self.prepared_dir = Path(prepared) if prepared else None
+        self._preparing = attempt.get("stage") == "prepare"
+        if self._preparing and self.prepared_dir is not None:
+            self.prepared_dir.mkdir(exist_ok=True)
         resume = attempt.get("resume_from")
         self.resume_from = Path(resume) if resume else None
         self.values: dict[str, Any] = {}
@@ -76,6 +81,8 @@ class JobContext:
         entry = self.input_info(field)
         if entry.get("path"):
             return Path(entry["path"])
+        if (fetched := self._fetched().get(field)) is not None:
+            return Path(fetched)
         if entry.get("hub"):
             return self._fetch(field, entry["hub"], entry.get("revision"))
         raise RunError(Code.BAD_SPEC, f"{field} has no input", param=field)
@@ -105,7 +112,20 @@ class JobContext:
             ) from error
         self.event("model_download_complete", f"{repo} is here.", repo=repo)
         self._inputs[field] = {**self._inputs[field], "path": folder}
+        if self._preparing and self.prepared_dir is not None:
+            text = json.dumps({**self._fetched(), field: folder}, sort_keys=True)
+            (self.prepared_dir / FETCHED).write_text(text)
         return Path(folder)
+
+    def _fetched(self) -> dict[str, str]:
+        """Folders of hub models that were fetched while the inputs were made ready, by field."""
+        if self.prepared_dir is None:
+            return {}
+        try:
+            found: dict[str, str] = json.loads((self.prepared_dir / FETCHED).read_bytes())
+        except FileNotFoundError:
+            return {}
+        return {field: folder for field, folder in found.items() if Path(folder).is_dir()}
 
     def phase(self, name: str) -> None:
         """See RunContext."""

@@ -41,6 +41,7 @@ def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Jo
                 inputs.setdefault("base_model", inputs[f"{path}.base"])
     return {
         "job_id": job.id,
+        "stage": "prepare" if job.next_class else "run",
         "type": job.type,
         "algorithm": job.algorithm,
         "gpus": job.gpus,

@@ -257,6 +257,37 @@ class Ledger:
             return self._leave(session, move, Job.cancel_requested_at.is_(None))
 
     @persistent
+    def prepared(self, reference: str) -> bool:
+        """The inputs are ready: back into the queue, for the slot that the job itself needs, as if it had never run."""
+        values: dict[str, Any] = {
+            **repository.back_in_queue(),
+            "slot_class": Job.next_class,
+            "next_class": None,
+            "prepared_ref": reference,
+            "attempt": 0,
+            "delay_seconds": 0.0,
+            "not_before": None,
+        }
+        move = Move(JobState.QUEUED, "inputs_ready", "The inputs are ready.", data={"path": reference}, values=values)
+        with self._database.write() as session:
+            return self._leave(session, move, Job.cancel_requested_at.is_(None), Job.next_class.is_not(None))
+
+    @persistent
+    def prepare_again(self, file: str) -> bool:
+        """What was made ready is damaged or gone: back to the stage before."""
+        values: dict[str, Any] = {
+            **repository.back_in_queue(),
+            "next_class": Job.slot_class,
+            "slot_class": "light",
+            "prepared_ref": None,
+            "attempt": Job.attempt - 1,
+        }
+        message = f"The inputs that were made ready are damaged ({file}); they are made again."
+        move = Move(JobState.QUEUED, "prepared_rejected", message, "warn", {"file": file}, values)
+        with self._database.write() as session:
+            return self._leave(session, move, Job.cancel_requested_at.is_(None))
+
+    @persistent
     def cancelled(self, message: str = "The run was stopped.") -> bool:
         """T11: what was asked for came true."""
         move = Move(JobState.CANCELLED, "job_cancelled", message, "warn")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app import states
-from app.catalog import Interrupted, discover
+from app.catalog import Interrupted, Recipe, discover
 from app.errors import Code, RunError
 from app.processes import LIFE_FD, harden, watch_lifeline
 from app.storage import write_private
@@ -49,7 +49,12 @@ def main() -> int:
         plug = (
             catalog.recipes[attempt["algorithm"]] if attempt["type"] == "train" else catalog.operations[attempt["type"]]
         )
-        plug.run(spec, context)
+        if attempt.get("stage") == "prepare":
+            assert isinstance(plug, Recipe)
+            assert plug.prepare is not None
+            plug.prepare(spec, context)
+        else:
+            plug.run(spec, context)
         context.settle()
     except Interrupted:
         context.settle()

@@ -26,7 +26,7 @@ from app.queue import AnyDoorbell
 from app.settings import Settings
 from app.storage import Storage, write_private
 from workers.child import Child, environment, token_of
-from workers.context import ATTEMPT, RESULT
+from workers.context import ATTEMPT, PREPARED, RESULT
 from workers.inputs import attempt_file, resume_point
 from workers.ledger import Finished, Flags, Ledger, Line
 
@@ -66,6 +66,14 @@ class Supervision:
                 attempt = attempt_file(session, self.house.settings, self.house.catalog, self.job)
                 checkpoints = repository.checkpoints(session, self.job.id)
             attempt["resume_from"] = self._resume_from(checkpoints)
+            if self.job.next_class is not None:
+                attempt["prepared_dir"] = str(self.folder / PREPARED)
+            elif self.job.prepared_ref is not None:
+                fault = self._prepared_fault(self.job.prepared_ref)
+                if fault is not None:
+                    self.ledger.prepare_again(fault)
+                    return
+                attempt["prepared_dir"] = str(self.house.storage.root / self.job.prepared_ref)
             reached("spawn.before")
             several = self.job.gpus > 1 and self.job.slot_class in ON_A_GPU
             child = self.spawn("workers.ranks" if several else "workers.runner", attempt)
@@ -80,6 +88,12 @@ class Supervision:
             raise
         finally:
             child.close()
+
+    def _prepared_fault(self, reference: str) -> str | None:
+        """The first file of the inputs made ready that is not as it was committed. Reads them whole."""
+        with self.beating():
+            faults = self.house.storage.checkpoint_faults(self.house.storage.root / reference)
+        return faults[0] if faults else None
 
     def _resume_from(self, checkpoints: Sequence[Checkpoint]) -> str | None:
         """Where the run goes on, said in its history."""
@@ -173,7 +187,7 @@ class Supervision:
         if result is not None and result.get("status") == "ok":
             try:
                 with self.beating():  # hashing a large model takes longer than a lease
-                    self._publish(result)
+                    self._commit_prepared() if self.job.next_class is not None else self._publish(result)
             except RunError as error:
                 self.ledger.fail(error, status)
             except OSError as error:
@@ -211,6 +225,12 @@ class Supervision:
         finally:
             done.set()
             thread.join()
+
+    def _commit_prepared(self) -> None:
+        """Makes the prepared inputs durable, then lets the job wait for its own slot."""
+        folder = self.folder / PREPARED
+        self.house.storage.commit_checkpoint(folder, 0)
+        self.ledger.prepared(str(folder.relative_to(self.house.storage.root)))
 
     def _publish(self, result: dict[str, Any]) -> None:
         finished: list[Finished] = []

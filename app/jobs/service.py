@@ -123,6 +123,8 @@ class Submission:
         waits = self._resolve(spec, resolved)
         name = spec.experiment_name or made_up_name(spec)
         resolved["experiment_name"] = name
+        own_class = "control" if isinstance(spec, DeploySpec) else self._catalog.slot_class(spec.type, algorithm)
+        prepares = self._catalog.prepares(spec.type, algorithm)
         job = Job(
             id=new_id("ftjob" if spec.type == "train" else "job"),
             project_id=self._caller.project_id,
@@ -133,7 +135,8 @@ class Submission:
             spec=submitted,
             spec_sha256=_sha256(resolved),
             resolved_spec=resolved,
-            slot_class="control" if isinstance(spec, DeploySpec) else self._catalog.slot_class(spec.type, algorithm),
+            slot_class="light" if prepares else own_class,
+            next_class=own_class if prepares else None,
             priority=spec.priority,
             gpus=spec.resources.gpus,
             min_vram_gb=spec.resources.min_vram_gb,
