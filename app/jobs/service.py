@@ -18,7 +18,7 @@ from app.catalog import Catalog
 from app.deployments import repository as deployments
 from app.errors import BadRequest, Code, Conflict, IdempotencyKeyReused, InsufficientStorage, NotFound
 from app.files import repository as files
-from app.jobs import forecast, repository
+from app.jobs import estimate, forecast, repository
 from app.jobs.intake import Intake, validate_spec
 from app.jobs.repository import Move
 from app.jobs.schemas import CheckpointOut, EventOut, JobOut, StepMetrics, by_step
@@ -140,6 +140,7 @@ class Submission:
             priority=spec.priority,
             gpus=spec.resources.gpus,
             min_vram_gb=spec.resources.min_vram_gb,
+            memory_gb=estimate.memory_gb(self._session, self._settings, self._caller.project_id, spec, resolved),
             preemptible=spec.preemptible,
             queue_seconds=spec.limits.queue_seconds,
             wall_seconds=spec.limits.wall_seconds,
