@@ -1,5 +1,7 @@
 """Who gets which slots: what fits, several GPUs, shared and reserved ones, the fair share. On every database."""
 
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -10,6 +12,7 @@ from sqlalchemy import select, update
 from app.db import Database
 from app.jobs import claims
 from app.models import Job, Slot, Worker, now
+from tests.machines import Machine
 
 Add = Callable[..., str]
 
@@ -269,3 +272,38 @@ def test_a_job_that_was_made_room_for_goes_first(machine: Any, train: Add, datab
     assert worker.ask("gpu-0") == left
     with database.read() as session:
         assert session.get_one(Job, left).preempt_for is None
+
+
+def test_threads_of_two_workers_never_have_a_slot_twice(
+    machine: Any, train: Add, database: Database, history: Any
+) -> None:
+    """Eight threads, jobs of one, two and three GPUs: each job has its slots, all are run, nobody waits for ever."""
+    workers = [machine(name, gpus=4) for name in ("a", "b")]
+    ids = [train(gpus=1 + number % 3, project_id=f"p{number % 4}") for number in range(24)]
+    faults: list[str] = []
+    left = set(ids)
+
+    def serve(worker: Machine, slot_id: str) -> None:
+        while left and not faults:
+            job_id = worker.ask(slot_id)
+            if job_id is None:
+                time.sleep(0.005)
+                continue
+            with database.read() as session:
+                job = session.get_one(Job, job_id)
+                slots = claims.slots_of(session, job)
+            if len(slots) != job.gpus or slots[0].slot_id != slot_id:
+                faults.append(f"{job_id} of {job.gpus} has {[slot.slot_id for slot in slots]}")
+            worker.end(job_id)
+            left.discard(job_id)
+
+    threads = [threading.Thread(target=serve, args=(worker, f"gpu-{gpu}")) for worker in workers for gpu in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not faults
+    assert not left
+    assert not any(job_id for worker in workers for job_id in worker.held().values())
+    for job_id in ids:
+        assert [event.code for event in history(job_id)] == ["job_queued", "job_started", "x"]
