@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from workers.slots import Place, SlotThread, register
 from workers.supervisor import House
 
 pytestmark = on_sqlite
+CPU = (Place("train-0", "train"), Place("train-1", "train"))
+GPUS = (Place("gpu-0", "gpu", {"gpu": 4}), Place("gpu-1", "gpu", {"gpu": 6}))
 
 
 class NarrowSettings(Settings):
@@ -83,11 +85,11 @@ def start(settings: Settings, database: Database, storage: Storage, tmp_path: Pa
     """``start(**spec)``: the job, with both slots' threads running."""
     narrow = NarrowSettings.model_validate({**settings.model_dump(), "grace_seconds": 60.0})
     house = House(narrow, database, storage, discover(("tests.plugs",)), SilentDoorbell(), "w", threading.Event())
-    places = [Place("train-0", "train"), Place("train-1", "train")]
-    register(house, places)
-    threads = [SlotThread(house, place) for place in places]
+    threads: list[SlotThread] = []
 
-    def start(**changes: Any) -> Run:
+    def start(places: Sequence[Place] = CPU, **changes: Any) -> Run:
+        register(house, places)
+        threads.extend(SlotThread(house, place) for place in places)
         marker = tmp_path / "marker"
         spec = {"type": "gathering", "experiment_name": "sum", "marker": str(marker), **changes}
         with database.write() as session:
@@ -186,3 +188,13 @@ def test_nothing_is_left_when_the_parent_is_killed(start: Callable[..., Run]) ->
     os.kill(run.parent(), signal.SIGKILL)
     job = run.until("failed", 30)
     assert (job.error_code, job.exit_code) == ("killed", -9)
+
+
+def test_every_rank_sees_every_gpu_of_the_job(start: Callable[..., Run]) -> None:
+    run = start(GPUS, rounds=100_000)
+    for pid in run.ranks():
+        variables = dict(
+            item.split("=", 1) for item in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in item
+        )
+        assert sorted(variables["CUDA_VISIBLE_DEVICES"].split(",")) == ["4", "6"]
+        assert variables["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"

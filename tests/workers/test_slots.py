@@ -256,3 +256,25 @@ def test_a_job_that_cannot_be_supervised_does_not_cost_the_slot(
     slot.start()
     wait_for(lambda: state(database, good) == "succeeded", 30)
     assert state(database, broken) == "running"  # nobody beats for it: it is reaped
+
+
+@on_sqlite
+@pytest.mark.parametrize(("gpus", "devices"), [(1, "3"), (0, "")])
+def test_a_run_sees_its_own_gpu_alone(
+    make_house: Callable[[str], House], add: Callable[..., str], tmp_path: Path, gpus: int, devices: str
+) -> None:
+    house = make_house("w")
+    place = Place("gpu-3.1", "gpu", {"gpu": 3, "vram_gb": 24.0})
+    register(house, [place])
+    thread = SlotThread(house, place)
+    marker = tmp_path / "marker"
+    spec = {"type": "sleepy", "experiment_name": "nap", "mode": "saves_itself", "marker": str(marker)}
+    add(slot_class="train", gpus=gpus, spec=spec, resolved_spec=spec)
+    thread.start()
+    try:
+        pid = wait_for(lambda: marker.exists() and marker.read_text(), 30)
+        assert f"\0CUDA_VISIBLE_DEVICES={devices}\0" in "\0" + Path(f"/proc/{pid}/environ").read_text()
+    finally:
+        house.stopping.set()
+        thread.bell.set()
+        thread.join(60)
