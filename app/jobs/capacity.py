@@ -23,12 +23,19 @@ class Change:
     """Waiting jobs with the same needs whose hold reason is no longer, or not yet, true."""
 
     need: Need
+    after: Need | None
+    """What it needs once its inputs are ready, if that is still to come."""
     shown: str | None
     reason: str | None
 
 
-def reason_for(need: Need, boards: Sequence[Board]) -> str | None:
-    """Why a job with these needs cannot start whatever else ends by itself; None when it will."""
+def reason_for(need: Need, boards: Sequence[Board], after: Need | None = None) -> str | None:
+    """Why a job with these needs cannot start whatever else ends by itself; None when it will.
+
+    Nothing is made ready for a job that could not run ``after`` that.
+    """
+    if after is not None and not any(board.could_hold(after) for board in boards):
+        return NO_CAPACITY
     able = [board for board in boards if board.could_hold(need)]
     if not able:
         return NO_CAPACITY
@@ -44,27 +51,29 @@ def _runs(board: Board) -> frozenset[str]:
 def changes(session: Session, boards: Sequence[Board]) -> list[Change]:
     """What ``apply`` has to do."""
     kinds = session.execute(
-        select(Job.slot_class, Job.gpus, Job.min_vram_gb, Job.hold_reason)
+        select(Job.slot_class, Job.next_class, Job.gpus, Job.min_vram_gb, Job.hold_reason)
         .where(*_waiting(), or_(Job.hold_reason.is_(None), Job.hold_reason.in_(_OURS)))
         .distinct()
     ).all()
     found = []
-    for slot_class, gpus, min_vram_gb, shown in kinds:
+    for slot_class, next_class, gpus, min_vram_gb, shown in kinds:
         need = Need(slot_class, gpus, min_vram_gb)
-        reason = reason_for(need, boards)
+        after = Need(next_class, gpus, min_vram_gb) if next_class else None
+        reason = reason_for(need, boards, after)
         if reason != shown:
-            found.append(Change(need, shown, reason))
+            found.append(Change(need, after, shown, reason))
     return found
 
 
 def apply(session: Session, boards: Sequence[Board], found: Sequence[Change]) -> None:
     """T12: the jobs stay queued and start as soon as there is a slot. The first time, their history says why."""
     for change in found:
-        same = (*_waiting(), *_with(change.need), Job.hold_reason.is_not_distinct_from(change.shown))
+        same = (*_waiting(), *_with(change.need, change.after), Job.hold_reason.is_not_distinct_from(change.shown))
         if NO_CAPACITY not in (change.shown, change.reason):
             session.execute(update(Job).where(*same).values(hold_reason=change.reason))
             continue
-        move = _held(change.need, boards) if change.reason == NO_CAPACITY else _released(change.reason)
+        missing = change.need if reason_for(change.need, boards) == NO_CAPACITY else change.after or change.need
+        move = _held(missing, boards) if change.reason == NO_CAPACITY else _released(change.reason)
         for job_id in session.scalars(select(Job.id).where(*same).limit(_AT_ONCE)).all():
             repository.note(session, job_id, move, *same)
 
@@ -99,9 +108,10 @@ def _waiting() -> tuple[ColumnElement[bool], ...]:
     return (Job.state == JobState.QUEUED, Job.blocked_by == 0, Job.paused_at.is_(None), Job.slot_class != "control")
 
 
-def _with(need: Need) -> tuple[ColumnElement[bool], ...]:
+def _with(need: Need, after: Need | None) -> tuple[ColumnElement[bool], ...]:
     return (
         Job.slot_class == need.slot_class,
+        Job.next_class.is_not_distinct_from(after.slot_class if after else None),
         Job.gpus == need.gpus,
         Job.min_vram_gb.is_not_distinct_from(need.min_vram_gb),
     )

@@ -88,6 +88,8 @@ def _candidates(
         .where(
             *eligible(at),
             Job.slot_class.in_(classes),
+            # Nothing is made ready for a job that no worker could run afterwards.
+            or_(Job.next_class.is_(None), Job.hold_reason.is_(None), Job.hold_reason != NO_CAPACITY),
             or_(
                 Job.slot_class.not_in(ON_A_GPU),
                 and_(Job.gpus <= most, or_(Job.min_vram_gb.is_(None), Job.min_vram_gb <= (vram or 0))),

@@ -64,7 +64,7 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(
         assert job.state == "running", f"it was too quick for this test: {job.state} at step {job.ckpt_step}"
         return job
 
-    environment = {"TUNESMITH_SLOTS": "train:1", "TUNESMITH_MODEL_ROOTS": str(models)}
+    environment = {"TUNESMITH_SLOTS": "train:1,light:1", "TUNESMITH_MODEL_ROOTS": str(models)}
     worker.start(**environment)
     straight = submit("straight")
     until(straight, "succeeded", seconds=120)

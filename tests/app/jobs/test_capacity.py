@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import update
 
 from app.catalog import discover
 from app.db import Database
@@ -62,16 +63,24 @@ def test_a_gpu_slot_takes_what_trains(
         "dataset": {"file": file_id},
     }
     job_id = api.post("/jobs", json=spec).json()["id"]
-    add_worker(database, "gpu")
+    add_worker(database, "gpu", "light")
     tick()
     assert hold_of(api, job_id) is None
 
 
-def add_worker(database: Database, slot_class: str) -> None:
+def add_worker(database: Database, *classes: str) -> None:
     with database.write() as session:
         session.add(Worker(id="w", host="h", pid=1))
         session.flush()
-        session.add(Slot(worker_id="w", slot_id=f"{slot_class}-0", slot_class=slot_class))
+        session.add_all(Slot(worker_id="w", slot_id=f"{name}-0", slot_class=name) for name in classes)
+
+
+def make_ready(database: Database) -> None:
+    """As if their inputs had been made ready."""
+    with database.write() as session:
+        session.execute(
+            update(Job).where(Job.next_class.is_not(None)).values(slot_class=Job.next_class, next_class=None)
+        )
 
 
 def history(api: TestClient, job_id: str) -> list[dict[str, Any]]:
@@ -83,6 +92,7 @@ def add_gpus(database: Database, worker_id: str, *vram: float) -> None:
     with database.write() as session:
         session.add(Worker(id=worker_id, host=worker_id, pid=1))
         session.flush()
+        session.add(Slot(worker_id=worker_id, slot_id="light-0", slot_class="light"))
         for gpu, size in enumerate(vram):
             facts = {"gpu": gpu, "vram_gb": size, "name": "A"}
             session.add(Slot(worker_id=worker_id, slot_id=f"gpu-{gpu}", slot_class="gpu", facts=facts))
@@ -96,6 +106,18 @@ def spec(models: Any, file_id: str) -> dict[str, Any]:
         "model": {"model_name_or_path": str(models / "tiny")},
         "dataset": {"file": file_id},
     }
+
+
+def test_nothing_is_made_ready_for_a_job_that_could_not_run(
+    api: TestClient, database: Database, tick: Callable[[], None], spec: dict[str, Any]
+) -> None:
+    add_worker(database, "light")
+    job_id = api.post("/jobs", json=spec).json()["id"]
+    tick()
+    assert hold_of(api, job_id) == "no_capacity"
+    assert "1 train slot" in history(api, job_id)[-1]["message"]
+    with database.write() as session:
+        assert claims.claim(session, "w", "light-0", ["light"]) is None
 
 
 @pytest.mark.parametrize(
@@ -139,14 +161,17 @@ def test_slots_that_engines_hold_do_not_become_free_by_themselves(
 ) -> None:
     add_gpus(database, "a", 24, 24)
     first = api.post("/jobs", json=spec).json()["id"]
+    make_ready(database)
     with database.write() as session:
         assert claims.claim(session, "a", "gpu-0", ON_A_GPU)
     engine = api.post("/jobs", json=spec).json()["id"]
+    make_ready(database)
     with database.write() as session:
         session.get_one(Job, engine).slot_class = "serve"
         session.flush()
         assert claims.claim(session, "a", "gpu-1", ON_A_GPU)
     one, two = (api.post("/jobs", json={**spec, "resources": {"gpus": gpus}}).json()["id"] for gpus in (1, 2))
+    make_ready(database)
     tick()
     assert (hold_of(api, one), hold_of(api, two)) == (None, "slot_busy")
     before = len(history(api, two))
