@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from app.catalog import discover
 from app.errors import Code, RunError
 from tests.workers.conftest import conversation
 from tests.workers.context import RecordingContext
@@ -169,3 +170,38 @@ def test_preparing_imports_little(tmp_path: Path, tiny: Path, numbers: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:bitsandbytes", "ignore:.*_check_is_size will be removed:FutureWarning"
+)
+@pytest.mark.parametrize("algorithm", ["reward", "dpo", "kto"])
+def test_other_recipes_prepare_as_well(algorithm: str, tmp_path: Path, tiny: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows: list[dict[str, Any]] = []
+    for number in range(24):
+        *prompt, answer = conversation(number)
+        worse = {"role": "assistant", "content": "I pass."}
+        if algorithm == "kto":
+            rows.append({"messages": [*prompt, worse if number % 2 else answer], "label": number % 2 == 0})
+        else:
+            rows.append({"messages": prompt, "chosen": answer, "rejected": worse})
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = discover(["workers.recipes"]).recipes[algorithm]
+    job = recipe.spec.model_validate(
+        {
+            "model": {"model_name_or_path": "artifact:art-tiny", "peft_config": {"r": 4}},
+            "dataset": {"file": "file-1"},
+            "training": {"max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 4},
+        }
+    )
+    plain = context(tmp_path / "plain", tiny, data)
+    recipe.run(job, plain)
+    early = context(tmp_path / "early", tiny, data, tmp_path / "prepared")
+    assert recipe.prepare is not None
+    recipe.prepare(job, early)
+    assert early.codes() == ["dataset_loaded"]
+    late = context(tmp_path / "late", tiny, data, tmp_path / "prepared")
+    recipe.run(job, late)
+    assert not {"dataset_loaded", "prepared_again"} & set(late.codes())
+    assert adapter(late) == adapter(plain)

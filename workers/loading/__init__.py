@@ -1,13 +1,22 @@
 """Bricks: what recipes, merges and operations share, so that each of them reads top to bottom."""
 
 from workers.loading.adapters import BASE_FILE, canonical_adapter, check_base, read_adapter, write_base_record
-from workers.loading.chain import Start, attach, check_layers, fold, folded, layer_digests, starting_point
+from workers.loading.chain import (
+    Start,
+    attach,
+    check_layers,
+    checked_start,
+    fold,
+    folded,
+    layer_digests,
+    starting_point,
+)
 from workers.loading.companions import copy_companions, has_tokenizer, tokenizer_files
 from workers.loading.conversations import Encoded, encode, encode_dataset, load_dataset, load_tokenizer, stop_tokens
 from workers.loading.devices import Compute, device_and_dtype, peak_memory, set_threads
 from workers.loading.merge_spec import MergeSpec
 from workers.loading.models import attach_adapter, base_label, check_weights, load_base, load_model, refuse_quantised
-from workers.loading.prepared import lengths, origin, read_rows, rows_file
+from workers.loading.prepared import lengths, origin, read_rows, rows_file, rows_of
 from workers.loading.proof import PROMPTS, Effect, changed_tensors, compare, logits, prompt_ids
 from workers.loading.trainer import Watch, reporter, run_trainer, takes_positions, training_arguments, watched
 from workers.loading.weights import fingerprint, non_finite, sha256_files, stored_dtype, tensor_headers
@@ -29,6 +38,7 @@ __all__ = [
     "check_base",
     "check_layers",
     "check_weights",
+    "checked_start",
     "compare",
     "copy_companions",
     "device_and_dtype",
@@ -54,6 +64,7 @@ __all__ = [
     "read_rows",
     "reporter",
     "rows_file",
+    "rows_of",
     "run_trainer",
     "set_threads",
     "starting_point",

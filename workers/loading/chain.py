@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 from app.catalog import RunContext
 from app.errors import Code, RunError
+from app.specs import TrainSpec
 from workers.loading.adapters import CONFIG_FILE, read_adapter
 from workers.loading.adapters import check_base as check_fit
 from workers.loading.companions import copy_companions, has_tokenizer
+from workers.loading.conversations import load_tokenizer
 from workers.loading.devices import Compute
-from workers.loading.models import base_label, load_base, refuse_quantised
+from workers.loading.models import base_label, check_weights, load_base, refuse_quantised
 from workers.loading.weights import sha256_files
 
 EXACT = Compute("cpu", "float32")
@@ -49,6 +51,15 @@ def starting_point(ctx: RunContext, field: str, reference: str) -> Start:
     ctx.event("adapters_folded", f"{len(layers)} adapters are folded into their base to start from", layers=len(layers))
     fold(root, layers, name, folder)
     return Start(folder, name, root, layers)
+
+
+def checked_start(spec: TrainSpec, ctx: RunContext) -> tuple[Start, Any]:
+    """For ``prepare``: the model to start from, its files looked at, and its tokenizer. Raises RunError."""
+    ctx.phase("staging")
+    start = starting_point(ctx, "model.model_name_or_path", spec.model.model_name_or_path)
+    check_weights(start.folder)
+    refuse_quantised(start.folder, "trained", spec.model.model_name_or_path)
+    return start, load_tokenizer(start.folder)
 
 
 def fold(root: Path, layers: Sequence[Path], name: str, target: Path) -> None:

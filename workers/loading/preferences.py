@@ -10,6 +10,7 @@ from app.catalog import RunContext
 from app.errors import Code, RunError
 from app.files.rows import Example, read_judged, read_pairs
 from app.files.turns import Message, RowError
+from workers.loading.prepared import origin, read_rows, rows_file, rows_of
 from workers.loading.sampling import BatchOrder
 
 
@@ -63,8 +64,24 @@ def load_preferences(
     Pairs longer than ``max_length`` tokens are left out and counted: cutting one of two answers would change which is
     better. Raises RunError bad_data.
     """
-    from datasets import Dataset
+    return read_rows(preferences_file(path, tokenizer, stops=stops, max_length=max_length, ctx=ctx, field=field))
 
+
+def preferences_file(
+    path: Path, tokenizer: Any, *, stops: set[int], max_length: int, ctx: RunContext, field: str
+) -> Path:
+    """What ``load_preferences`` reads, as a file; for ``prepare``."""
+
+    def made_from() -> dict[str, Any]:
+        return origin(path, tokenizer, shape="preferences", stops=sorted(stops), max_length=max_length)
+
+    rows = rows_of(lambda: _preferences(path, tokenizer, stops, max_length, ctx, field))
+    return rows_file(ctx, field, made_from, rows)
+
+
+def _preferences(
+    path: Path, tokenizer: Any, stops: set[int], max_length: int, ctx: RunContext, field: str
+) -> dict[str, list[list[int]]]:
     kept: list[Preference] = []
     total = dropped = 0
     for total, row in enumerate(_encoded(path, tokenizer, stops, field), 1):  # noqa: B007 - read below
@@ -84,13 +101,11 @@ def load_preferences(
         ctx.event("rows_dropped", message, level="warn", dropped=dropped, max_length=max_length)
     tokens = sum(2 * len(row.prompt) + len(row.chosen) + len(row.rejected) for row in kept)
     ctx.event("dataset_loaded", f"{field}: {len(kept)} pairs, {tokens:,} tokens", rows=len(kept), tokens=tokens)
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [row.prompt for row in kept],
-            "chosen_ids": [row.chosen for row in kept],
-            "rejected_ids": [row.rejected for row in kept],
-        }
-    )
+    return {
+        "prompt_ids": [row.prompt for row in kept],
+        "chosen_ids": [row.chosen for row in kept],
+        "rejected_ids": [row.rejected for row in kept],
+    }
 
 
 def load_judged(
@@ -110,8 +125,53 @@ def load_judged(
     Shuffled by ``seed`` (None = as it is): the last column pairs each prompt with another answer of its batch, so that
     the order of training is settled here. Rows longer than ``max_length`` tokens are left out and counted.
     """
-    from datasets import Dataset
+    return read_rows(
+        judged_file(
+            path,
+            format,
+            tokenizer,
+            stops=stops,
+            max_length=max_length,
+            batch_size=batch_size,
+            seed=seed,
+            ctx=ctx,
+            field=field,
+        )
+    )
 
+
+def judged_file(
+    path: Path,
+    format: Any,
+    tokenizer: Any,
+    *,
+    stops: set[int],
+    max_length: int,
+    batch_size: int,
+    seed: int | None,
+    ctx: RunContext,
+    field: str,
+) -> Path:
+    """What ``load_judged`` reads, as a file; for ``prepare``."""
+    facts = {"format": format, "stops": sorted(stops), "max_length": max_length, "batch": batch_size, "seed": seed}
+
+    def columns() -> dict[str, list[Any]]:
+        return _judged_columns(path, format, tokenizer, stops, max_length, batch_size, seed, ctx, field)
+
+    return rows_file(ctx, field, lambda: origin(path, tokenizer, shape="judged", **facts), rows_of(columns))
+
+
+def _judged_columns(
+    path: Path,
+    format: Any,
+    tokenizer: Any,
+    stops: set[int],
+    max_length: int,
+    batch_size: int,
+    seed: int | None,
+    ctx: RunContext,
+    field: str,
+) -> dict[str, list[Any]]:
     kept: list[tuple[list[int], list[int], bool]] = []
     total = dropped = 0
     for total, (prompt, answer, label) in enumerate(_judged(path, format, tokenizer, stops, field), 1):  # noqa: B007
@@ -138,14 +198,12 @@ def load_judged(
         batch = answers[start : start + batch_size]
         others += [batch[-1], *batch[:-1]]
     ctx.event("dataset_loaded", f"{field}: {len(kept)} rows, {good} of them good", rows=len(kept), good=good)
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [prompt for prompt, _, _ in kept],
-            "completion_ids": answers,
-            "KL_completion_ids": others,
-            "label": [label for *_, label in kept],
-        }
-    )
+    return {
+        "prompt_ids": [prompt for prompt, _, _ in kept],
+        "completion_ids": answers,
+        "KL_completion_ids": others,
+        "label": [label for *_, label in kept],
+    }
 
 
 def _judged(

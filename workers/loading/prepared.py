@@ -7,7 +7,7 @@ that stage, or when what they were made from has changed, ``run`` writes them in
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -64,6 +64,13 @@ def rows_file(ctx: RunContext, field: str, made_from: Callable[[], Mapping[str, 
         changed=changed,
     )
     return write_rows(ctx.work_dir / f"{field}.arrow", rows)
+
+
+def rows_of(columns: Callable[[], Mapping[str, Sequence[Any]]]) -> Iterator[Row]:
+    """Rows out of columns, which are made when the first row is asked for."""
+    made = columns()
+    for values in zip(*made.values(), strict=True):
+        yield dict(zip(made, values, strict=True))
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> Path:

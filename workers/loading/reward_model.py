@@ -12,6 +12,7 @@ from app.specs import ModelBlock
 from workers.loading.adapters import CONFIG_FILE
 from workers.loading.devices import Compute, device_and_dtype
 from workers.loading.models import attach_adapter, differentiable, refuse_quantised
+from workers.loading.prepared import origin, read_rows, rows_file, rows_of
 from workers.loading.weights import tensor_headers
 
 HEAD = "score"
@@ -128,8 +129,19 @@ def load_pairs(path: Path, tokenizer: Any, *, max_length: int, ctx: RunContext, 
 
     Cutting one of two answers would change which is better. Raises RunError bad_data.
     """
-    from datasets import Dataset
+    return read_rows(pairs_file(path, tokenizer, max_length=max_length, ctx=ctx, field=field))
 
+
+def pairs_file(path: Path, tokenizer: Any, *, max_length: int, ctx: RunContext, field: str) -> Path:
+    """What ``load_pairs`` reads, as a file; for ``prepare``."""
+
+    def made_from() -> dict[str, Any]:
+        return origin(path, tokenizer, shape="pairs", max_length=max_length)
+
+    return rows_file(ctx, field, made_from, rows_of(lambda: _pairs(path, tokenizer, max_length, ctx, field)))
+
+
+def _pairs(path: Path, tokenizer: Any, max_length: int, ctx: RunContext, field: str) -> dict[str, list[list[int]]]:
     chosen: list[list[int]] = []
     rejected: list[list[int]] = []
     total = dropped = 0
@@ -151,7 +163,7 @@ def load_pairs(path: Path, tokenizer: Any, *, max_length: int, ctx: RunContext, 
         ctx.event("rows_dropped", message, level="warn", dropped=dropped, max_length=max_length)
     tokens = sum(map(len, chosen)) + sum(map(len, rejected))
     ctx.event("dataset_loaded", f"{field}: {len(chosen)} pairs, {tokens:,} tokens", rows=len(chosen), tokens=tokens)
-    return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
+    return {"chosen_ids": chosen, "rejected_ids": rejected}
 
 
 def _rendered(path: Path, tokenizer: Any, field: str) -> Iterable[tuple[list[int], list[int]]]:

@@ -11,6 +11,7 @@ from app.specs import Spec, TrainSpec, conflict
 from workers.loading import (
     Watch,
     canonical_adapter,
+    checked_start,
     copy_companions,
     layer_digests,
     load_model,
@@ -26,7 +27,7 @@ from workers.loading import (
     watched,
     write_base_record,
 )
-from workers.loading.preferences import load_preferences, ordering_pairs
+from workers.loading.preferences import load_preferences, ordering_pairs, preferences_file
 
 
 class DpoBlock(Spec):
@@ -52,6 +53,14 @@ class DpoSpec(TrainSpec):
         return self
 
 
+def prepare(spec: DpoSpec, ctx: RunContext) -> None:
+    """Fetches the model, looks at its files, tokenises the pairs: what needs no GPU."""
+    start, tokenizer = checked_start(spec, ctx)
+    stops, longest = stop_tokens(tokenizer, start.folder), spec.training.max_length
+    for field in ("dataset.file", *(["dataset.eval_file"] if spec.dataset.eval_file else [])):
+        preferences_file(ctx.input(field), tokenizer, stops=stops, max_length=longest, ctx=ctx, field=field)
+
+
 def run(spec: DpoSpec, ctx: RunContext) -> None:
     """Load, render, train, save."""
     from transformers import set_seed
@@ -68,7 +77,7 @@ def run(spec: DpoSpec, ctx: RunContext) -> None:
     set_seed(spec.training.seed)
     tokenizer = load_tokenizer(base)
     model, compute = load_model(base, spec.model, ctx)
-    stops = stop_tokens(tokenizer, model.generation_config)
+    stops = stop_tokens(tokenizer, base)
 
     def dataset(path: Path, field: str) -> Any:
         return load_preferences(path, tokenizer, stops=stops, max_length=spec.training.max_length, ctx=ctx, field=field)
@@ -147,4 +156,4 @@ def run(spec: DpoSpec, ctx: RunContext) -> None:
     )
 
 
-recipe = Recipe(DpoSpec, run)
+recipe = Recipe(DpoSpec, run, prepare=prepare)

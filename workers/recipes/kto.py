@@ -11,6 +11,7 @@ from app.specs import Spec, TrainSpec, conflict
 from workers.loading import (
     Watch,
     canonical_adapter,
+    checked_start,
     copy_companions,
     layer_digests,
     load_model,
@@ -26,7 +27,7 @@ from workers.loading import (
     watched,
     write_base_record,
 )
-from workers.loading.preferences import in_given_order, load_judged
+from workers.loading.preferences import in_given_order, judged_file, load_judged
 
 
 class KtoBlock(Spec):
@@ -58,6 +59,28 @@ class KtoSpec(TrainSpec):
         return self
 
 
+def prepare(spec: KtoSpec, ctx: RunContext) -> None:
+    """Fetches the model, looks at its files, tokenises the answers: what needs no GPU."""
+    start, tokenizer = checked_start(spec, ctx)
+    stops = stop_tokens(tokenizer, start.folder)
+    for field in ("dataset.file", *(["dataset.eval_file"] if spec.dataset.eval_file else [])):
+        judged_file(ctx.input(field), field=field, **_encoding(spec, ctx, tokenizer, stops, field))
+
+
+def _encoding(spec: KtoSpec, ctx: RunContext, tokenizer: Any, stops: set[int], field: str) -> dict[str, Any]:
+    """How rows are encoded, the same before and in the run."""
+    training, held_out = spec.training, field != "dataset.file"
+    return {
+        "format": spec.dataset.format,
+        "tokenizer": tokenizer,
+        "stops": stops,
+        "max_length": training.max_length,
+        "batch_size": training.per_device_eval_batch_size if held_out else training.per_device_train_batch_size,
+        "seed": None if held_out else training.seed,
+        "ctx": ctx,
+    }
+
+
 def run(spec: KtoSpec, ctx: RunContext) -> None:
     """Load, render, train, save."""
     from transformers import set_seed
@@ -74,23 +97,10 @@ def run(spec: KtoSpec, ctx: RunContext) -> None:
     set_seed(spec.training.seed)
     tokenizer = load_tokenizer(base)
     model, compute = load_model(base, spec.model, ctx)
-    stops = stop_tokens(tokenizer, model.generation_config)
-
-    training = spec.training
+    stops = stop_tokens(tokenizer, base)
 
     def dataset(path: Path, field: str) -> Any:
-        held_out = field != "dataset.file"
-        return load_judged(
-            path,
-            spec.dataset.format,
-            tokenizer,
-            stops=stops,
-            max_length=training.max_length,
-            batch_size=training.per_device_eval_batch_size if held_out else training.per_device_train_batch_size,
-            seed=None if held_out else training.seed,
-            ctx=ctx,
-            field=field,
-        )
+        return load_judged(path, field=field, **_encoding(spec, ctx, tokenizer, stops, field))
 
     watch = Watch()
     full = spec.model.method == "full"
@@ -165,4 +175,4 @@ def run(spec: KtoSpec, ctx: RunContext) -> None:
     )
 
 
-recipe = Recipe(KtoSpec, run)
+recipe = Recipe(KtoSpec, run, prepare=prepare)

@@ -11,6 +11,7 @@ from app.specs import TrainSpec, conflict
 from workers.loading import (
     Watch,
     canonical_adapter,
+    checked_start,
     copy_companions,
     layer_digests,
     load_tokenizer,
@@ -24,7 +25,7 @@ from workers.loading import (
     watched,
     write_base_record,
 )
-from workers.loading.reward_model import load_pairs, load_trainable, scores
+from workers.loading.reward_model import load_pairs, load_trainable, pairs_file, scores
 from workers.loading.sampling import BatchOrder
 
 
@@ -40,6 +41,13 @@ class RewardSpec(TrainSpec):
         if self.then:
             raise conflict("then", "a reward model is judged with, not served", "Remove then; a ppo job takes it.")
         return self
+
+
+def prepare(spec: RewardSpec, ctx: RunContext) -> None:
+    """Fetches the model, looks at its files, renders the pairs: what needs no GPU."""
+    _, tokenizer = checked_start(spec, ctx)
+    for field in ("dataset.file", *(["dataset.eval_file"] if spec.dataset.eval_file else [])):
+        pairs_file(ctx.input(field), tokenizer, max_length=spec.training.max_length, ctx=ctx, field=field)
 
 
 def run(spec: RewardSpec, ctx: RunContext) -> None:
@@ -154,4 +162,4 @@ def _judging(trainer: Any) -> Any:
     return Judging
 
 
-recipe = Recipe(RewardSpec, run)
+recipe = Recipe(RewardSpec, run, prepare=prepare)

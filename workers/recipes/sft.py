@@ -10,7 +10,7 @@ from workers.loading import (
     Start,
     Watch,
     canonical_adapter,
-    check_weights,
+    checked_start,
     copy_companions,
     encode_dataset,
     layer_digests,
@@ -19,7 +19,6 @@ from workers.loading import (
     load_tokenizer,
     non_finite,
     peak_memory,
-    refuse_quantised,
     reporter,
     run_trainer,
     set_threads,
@@ -40,11 +39,7 @@ class SftSpec(TrainSpec):
 
 def prepare(spec: SftSpec, ctx: RunContext) -> None:
     """Fetches the model, looks at its files, tokenises the data: what needs no GPU."""
-    ctx.phase("staging")
-    start = starting_point(ctx, "model.model_name_or_path", spec.model.model_name_or_path)
-    check_weights(start.folder)
-    refuse_quantised(start.folder, "trained", spec.model.model_name_or_path)
-    tokenizer = load_tokenizer(start.folder)
+    start, tokenizer = checked_start(spec, ctx)
     for field in _data_fields(spec):
         encode_dataset(ctx.input(field), field=field, **_encoding(spec, ctx, start, tokenizer))
 
