@@ -45,7 +45,7 @@ def rotate(job_dir: Path, fence: int, keep: int | None) -> None:
     """Called by an attempt right after it committed a checkpoint: lets go of what nobody needs any more.
 
     ``keep``: how many stay, never fewer than two, and the one with the lowest held-out loss besides; None = all.
-    Of earlier attempts also goes what was never committed, and what this one has written anew.
+    Of earlier attempts also goes what was never committed, what this one has written anew, and their scratch space.
     """
     found = committed(job_dir, fence)
     if not any(item.fence == fence for item in found):
@@ -54,6 +54,9 @@ def rotate(job_dir: Path, fence: int, keep: int | None) -> None:
     for _, folder in _folders(job_dir, fence - 1):
         if folder not in known:
             shutil.rmtree(folder, ignore_errors=True)
+    for _, attempt in _attempts(job_dir, fence - 1):
+        for scratch in (attempt / "work", *attempt.glob("out*.tmp")):
+            shutil.rmtree(scratch, ignore_errors=True)
     best = best_of([(item.step, item.eval_loss) for item in found])
     rank = 0
     floors: dict[int, int] = {}
@@ -77,11 +80,18 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _attempts(job_dir: Path, fence: int) -> list[tuple[int, Path]]:
+    return [
+        (number, attempt)
+        for attempt in job_dir.iterdir()
+        if (match := _ATTEMPT.fullmatch(attempt.name)) and (number := int(match[1])) <= fence
+    ]
+
+
 def _folders(job_dir: Path, fence: int) -> list[tuple[int, Path]]:
     return [
         (number, folder)
-        for attempt in job_dir.iterdir()
-        if (match := _ATTEMPT.fullmatch(attempt.name)) and (number := int(match[1])) <= fence
+        for number, attempt in _attempts(job_dir, fence)
         for folder in (attempt / "ckpt").glob("checkpoint-*")
         if _FOLDER.fullmatch(folder.name) and folder.is_dir()
     ]

@@ -126,6 +126,19 @@ def test_what_a_later_attempt_did_again_or_passed_by_is_gone(tmp_path: Path) -> 
     assert there(tmp_path) == {"a1/10": False, "a1/20": False, "a3/25": True, "a3/30": True}
 
 
+def test_of_earlier_attempts_the_prepared_inputs_stay_and_scratch_space_goes(tmp_path: Path) -> None:
+    commit(tmp_path, 1, 10)
+    for fence in (1, 3):
+        for name in ("prepared", "work", "out0.tmp"):
+            (tmp_path / f"a{fence}" / name).mkdir(parents=True)
+            (tmp_path / f"a{fence}" / name / "large").write_text("x")
+    rotate(tmp_path, 3, None)  # it has committed nothing yet
+    assert (tmp_path / "a1" / "work").exists()
+    commit(tmp_path, 3, 20)
+    assert {path.name for path in (tmp_path / "a1").iterdir()} == {"ckpt", "prepared"}
+    assert {path.name for path in (tmp_path / "a3").iterdir()} == {"ckpt", "prepared", "work", "out0.tmp"}
+
+
 def test_a_stale_attempt_touches_nothing_of_its_successor(tmp_path: Path) -> None:
     commit(tmp_path, 1, 10)
     for step in (20, 30):
