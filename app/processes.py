@@ -11,6 +11,7 @@ import ctypes
 import math
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from app.states import EXIT_LIFELINE_CUT
 TOKEN = "TUNESMITH_ATTEMPT"
 LIFE_FD = "TUNESMITH_LIFE_FD"
 PARENT_PID = "TUNESMITH_PARENT_PID"
+SILENCE = "TUNESMITH_SILENCE"
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -60,18 +62,39 @@ def die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def watch_lifeline(fd: int, on_eof: Callable[[], None]) -> threading.Thread:
-    """Calls ``on_eof`` in a daemon thread once the life pipe's writing end is closed; what is written is ignored."""
+def watch_lifeline(fd: int, on_eof: Callable[[], None], silence: float | None = None) -> threading.Thread:
+    """Calls ``on_eof`` in a daemon thread once the life pipe's writing end is closed, or silent for too long.
+
+    ``silence``: seconds; default what ``TUNESMITH_SILENCE`` says, else for ever. A stopped parent ticks no more.
+    """
+    patience = silence if silence is not None else float(os.environ.get(SILENCE) or 0) or None
 
     def watch() -> None:
         with contextlib.suppress(OSError):
-            while os.read(fd, 4096):
+            while select.select([fd], [], [], patience)[0] and os.read(fd, 4096):
                 pass
         on_eof()
 
     thread = threading.Thread(target=watch, name="lifeline", daemon=True)
     thread.start()
     return thread
+
+
+def oom_kill_count() -> int:
+    """How many processes the kernel killed for memory in our control group (cgroup v2 or v1); 0 where none says so."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in (_PROC / "self/cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0":
+                file = Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.events"
+            elif "memory" in controllers.split(","):
+                file = Path("/sys/fs/cgroup/memory") / path.lstrip("/") / "memory.oom_control"
+            else:
+                continue
+            if file.is_file():
+                facts = dict(entry.split(" ", 1) for entry in file.read_text().splitlines())
+                return int(facts.get("oom_kill", 0))
+    return 0
 
 
 def processes_with_token(token: str) -> list[int]:

@@ -1,5 +1,6 @@
 """The states of jobs and deployments, with the moves that are allowed between them (stdlib only)."""
 
+import errno
 from enum import StrEnum
 
 
@@ -72,6 +73,7 @@ DEPLOYMENT_MOVES: dict[DeploymentState, frozenset[DeploymentState]] = {
 }
 
 # How a runner ends when it leaves no result.json, and what an attempt's exit status says (sysexits(3) where it fits).
+DISK_FULL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT})
 EXIT_DONE = 0
 EXIT_BAD_DATA = 65
 EXIT_NON_FINITE = 66

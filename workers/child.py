@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from app import crashpoints
 from app.models import Job
-from app.processes import LIFE_FD, TOKEN, kill_ladder
+from app.processes import LIFE_FD, SILENCE, TOKEN, kill_ladder
 from app.settings import Settings
 from workers.context import EVENTS, LOG
 from workers.journal import Tail
@@ -29,6 +30,7 @@ PASSED_ON = (
     crashpoints.VARIABLE,
 )
 _LOG_CAP = 256 << 20
+TICK_SECONDS = 0.5
 
 
 class Child:
@@ -52,15 +54,23 @@ class Child:
                 start_new_session=True,
             )
         os.close(read_end)
+        os.set_blocking(self._life, False)  # a child that reads nothing must not block us
+        self._closed = threading.Event()
+        self._ticking = threading.Thread(target=self._tick, name="tick", daemon=True)
+        self._ticking.start()
 
     def lines(self) -> list[Line]:
         """What the child told since the last call."""
         return list(self.tail.read())
 
-    def tick(self) -> None:
-        """Tells the child that its supervisor lives, and keeps its log bounded."""
-        with contextlib.suppress(OSError):
-            os.write(self._life, b".")
+    def _tick(self) -> None:
+        """Tells the child every second that this process lives; it stops where it is when it hears nothing."""
+        while not self._closed.wait(TICK_SECONDS):
+            with contextlib.suppress(OSError):
+                os.write(self._life, b".")
+
+    def trim_log(self) -> None:
+        """Keeps its log bounded."""
         with contextlib.suppress(OSError):
             log = self.folder / LOG
             if log.stat().st_size > _LOG_CAP:
@@ -77,6 +87,8 @@ class Child:
 
     def close(self) -> None:
         """Gives the life pipe back; whatever still holds its other end reads EOF."""
+        self._closed.set()
+        self._ticking.join()
         with contextlib.suppress(OSError):
             os.close(self._life)
 
@@ -99,6 +111,7 @@ def environment(settings: Settings, gpu: str | None) -> dict[str, str]:
     return {
         **passed,
         "PYTHONUNBUFFERED": "1",
+        SILENCE: str(2 * settings.lease_seconds),
         # Threads that spin while they wait starve each other as soon as the cores are shared with an engine.
         "GOMP_SPINCOUNT": "1000",
         "TOKENIZERS_PARALLELISM": "false",

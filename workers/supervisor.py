@@ -2,37 +2,38 @@
 
 import contextlib
 import json
-import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import states
 from app.catalog import Catalog
 from app.crashpoints import reached
 from app.db import Database
 from app.errors import Code, RunError
 from app.jobs import repository
 from app.jobs.placement import ON_A_GPU
-from app.models import Checkpoint, Job, new_id
-from app.processes import exited
+from app.jobs.room import Shortage, shortage
+from app.models import Checkpoint, Job
+from app.processes import exited, oom_kill_count
 from app.queue import AnyDoorbell
 from app.settings import Settings
 from app.storage import Storage, write_private
 from workers.child import Child, environment, token_of
-from workers.context import ATTEMPT, PREPARED, RESULT
+from workers.context import ATTEMPT, PREPARED
 from workers.inputs import attempt_file, resume_point
-from workers.ledger import Finished, Flags, Ledger, Line
+from workers.ledger import Flags, Ledger, Line
+from workers.outcome import Outcome, Why
 
 _POLL = 0.1
 _WRITE_EVERY = 1.0
 _CANCEL_GRACE = 10.0
+_ROOM = 3600.0  # the reconciler looks for room sooner
+STALL_SECONDS = 1800.0
+"""Silence after which a training run counts as stuck, unless its limits say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Supervision:
         self.gpu = gpu
         self.ledger = Ledger(house.database, house.storage, house.doorbell, job, house.worker_id)
         self.folder = house.storage.attempt_dir(job.id, job.fence)
+        self._why: Why | None = None
+        stall = (job.resolved_spec.get("limits") or {}).get("stall_seconds")
+        self._stall_seconds: float | None = stall or (STALL_SECONDS if job.type == "train" else None)
+        self._begun = time.monotonic()
 
     def run(self) -> None:
         """Trains, merges, validates: whatever the job is."""
@@ -74,6 +79,11 @@ class Supervision:
                     self.ledger.prepare_again(fault)
                     return
                 attempt["prepared_dir"] = str(self.house.storage.root / self.job.prepared_ref)
+            oom_kills = oom_kill_count()
+            lack = self._shortage(attempt)
+            if lack is not None:
+                self.ledger.hold("disk_full", lack.message, delay=_ROOM, needed_bytes=lack.needed, free_bytes=lack.free)
+                return
             reached("spawn.before")
             several = self.job.gpus > 1 and self.job.slot_class in ON_A_GPU
             child = self.spawn("workers.ranks" if several else "workers.runner", attempt)
@@ -82,12 +92,18 @@ class Supervision:
             self.ledger.fail(error)
             return
         try:
-            self._settle(child, self.listen(child))
+            self._settle(child, self.listen(child), oom_kills)
         except BaseException:
             child.end(0)  # whatever went wrong here, nothing computes on unwatched
             raise
         finally:
             child.close()
+
+    def _shortage(self, attempt: Mapping[str, Any]) -> Shortage | None:
+        spec_class = self.house.catalog.spec_class(self.job.type, self.job.algorithm)
+        if spec_class is None:
+            return None
+        return shortage(self.house.settings, spec_class.model_validate(attempt["spec"]), attempt["inputs"])
 
     def _prepared_fault(self, reference: str) -> str | None:
         """The first file of the inputs made ready that is not as it was committed. Reads them whole."""
@@ -131,21 +147,22 @@ class Supervision:
         grace = patience if stop_grace is None else stop_grace
         pending: list[Line] = []
         flags, asked_at = Flags(), None
-        last_beat = last_answer = time.monotonic()
+        last_beat = last_answer = last_word = self._begun = time.monotonic()
         while True:
             gone = exited(child.process)
             new = child.lines()
             while gone and (rest := child.lines()):
                 new += rest
-            pending += new
+            pending += [line for line in new if line["kind"] != "tick"]
             if new and on_lines is not None:
                 on_lines(new)
             now = time.monotonic()
+            last_word = now if new else last_word
             due = now - last_beat >= (_WRITE_EVERY if pending else settings.heartbeat_seconds)
             if gone or due:
-                child.tick()
+                child.trim_log()
                 try:
-                    flags = self.ledger.beat(pending)
+                    flags = self.ledger.beat(pending, self._run_seconds())
                     pending, last_answer = [], now
                 except SQLAlchemyError:
                     # While nobody can write, nobody can reap either: the run goes on, up to ten leases.
@@ -161,7 +178,12 @@ class Supervision:
             if flags.cancel:
                 child.end(_CANCEL_GRACE if stop_grace is None else stop_grace)
                 return flags
-            if self.house.stopping.is_set() or flags.pause or flags.preempt_for:
+            if self._stall_seconds is not None and now - last_word >= self._stall_seconds:
+                self._why = "stalled"
+                child.end(_CANCEL_GRACE)
+            if self.job.wall_seconds is not None and self._run_seconds() >= self.job.wall_seconds:
+                self._why = "wall_time"
+            if self.house.stopping.is_set() or flags.pause or flags.preempt_for or self._why == "wall_time":
                 if asked_at is None:
                     asked_at = now
                     child.ask_to_stop()
@@ -171,42 +193,28 @@ class Supervision:
                 asked_at = None  # the pause was taken back
             time.sleep(_POLL)
 
-    def _settle(self, child: Child, flags: Flags) -> None:
+    def _run_seconds(self) -> float:
+        """Time in slots over all attempts, by this worker's own clock."""
+        return self.job.run_seconds + time.monotonic() - self._begun
+
+    def _settle(self, child: Child, flags: Flags, oom_kills: int) -> None:
         status = child.process.wait()
         if flags.lost:
             return
         if flags.cancel:
             self.ledger.cancelled()
         else:
-            self._conclude(child, status, flags)
+            outcome = Outcome(self.job, self.folder, self.house.storage, self.ledger, self.beating)
+            outcome.settle(
+                status,
+                flags,
+                stopping=self.house.stopping.is_set(),
+                why=self._why,
+                starved=oom_kill_count() > oom_kills,
+                log_tail=child.log_tail(),
+            )
             # A cancellation that came after the last beat: every other way out of RUNNING refuses it.
             self.ledger.cancelled()
-
-    def _conclude(self, child: Child, status: int, flags: Flags) -> None:
-        result = _result(self.folder)
-        if result is not None and result.get("status") == "ok":
-            try:
-                with self.beating():  # hashing a large model takes longer than a lease
-                    self._commit_prepared() if self.job.next_class is not None else self._publish(result)
-            except RunError as error:
-                self.ledger.fail(error, status)
-            except OSError as error:
-                self.ledger.fail(RunError(Code.STORAGE_ERROR, f"the result cannot be stored: {error}"), status)
-        elif result is not None:
-            self.ledger.fail(_error_of(result), status, result.get("result"))
-        elif flags.pause:
-            self.ledger.requeue("job_paused", "On hold; resume puts it back.", give_back=True, exit_code=status)
-        elif flags.preempt_for:
-            message = f"Made room for {flags.preempt_for}; the job goes on when there is a slot again."
-            self.ledger.requeue("job_preempted", message, give_back=True, exit_code=status)
-        elif status == states.EXIT_CHECKPOINTED or self.house.stopping.is_set():
-            self.ledger.requeue(
-                "job_interrupted", "The worker is stopping; the job runs again.", give_back=True, exit_code=status
-            )
-        elif status == states.EXIT_DONE:
-            self.ledger.fail(RunError(Code.PROTOCOL, "the run ended without a result"), status)
-        else:
-            self.ledger.crashed(status, _how_it_ended(status), child.log_tail())
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
@@ -216,7 +224,7 @@ class Supervision:
         def beat() -> None:
             while not done.wait(self.house.settings.heartbeat_seconds):
                 with contextlib.suppress(SQLAlchemyError):
-                    self.ledger.beat([])
+                    self.ledger.beat([], self._run_seconds())
 
         thread = threading.Thread(target=beat, name=f"{self.slot_id}-beat")
         thread.start()
@@ -225,63 +233,3 @@ class Supervision:
         finally:
             done.set()
             thread.join()
-
-    def _commit_prepared(self) -> None:
-        """Makes the prepared inputs durable, then lets the job wait for its own slot."""
-        folder = self.folder / PREPARED
-        self.house.storage.commit_checkpoint(folder, 0)
-        self.ledger.prepared(str(folder.relative_to(self.house.storage.root)))
-
-    def _publish(self, result: dict[str, Any]) -> None:
-        finished: list[Finished] = []
-        for output in result.get("outputs", []):
-            facts = {**_lineage(self.job, self.folder), **output["facts"]}
-            artifact_id = new_id("art")
-            about = {"job_id": self.job.id, "fence": self.job.fence, "spec_sha256": self.job.spec_sha256, **facts}
-            published = self.house.storage.publish(self.folder / output["folder"], artifact_id, about)
-            name = output["name"] or self.job.experiment_name
-            finished.append(Finished(artifact_id, output["kind"], name, facts, published))
-        if not self.ledger.succeed(result.get("result", {}), finished):
-            for item in finished:  # cancelled or taken over meanwhile: what no row points to goes
-                shutil.rmtree(self.house.storage.artifact_dir(item.artifact_id), ignore_errors=True)
-
-
-def _lineage(job: Job, folder: Path) -> dict[str, Any]:
-    """Where a result comes from: the pinned base and everything it was itself made from."""
-    inputs = json.loads((folder / ATTEMPT).read_bytes())["inputs"]
-    if job.type == "train":
-        base = inputs["model.model_name_or_path"]
-        chain = list(base.get("base_chain") or [base["pinned"]])
-        return {
-            "base": base["pinned"],
-            "base_artifact_id": base.get("artifact_id"),
-            "base_chain": [*chain, f"{job.algorithm}:{job.id}"],
-        }
-    for field in ("adapter", "model"):
-        if field in inputs:
-            return {"base_chain": list(inputs[field].get("base_chain") or [])}
-    return {}
-
-
-def _result(folder: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads((folder / RESULT).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _error_of(result: dict[str, Any]) -> RunError:
-    error = result.get("error") or {}
-    try:
-        code = Code(str(error.get("code")))
-    except ValueError:
-        code = Code.RUN_FAILED
-    return RunError(code, str(error.get("message", "the run failed")), hint=error.get("hint"), param=error.get("param"))
-
-
-def _how_it_ended(status: int) -> str:
-    if status < 0:
-        with contextlib.suppress(ValueError):
-            return f"The run was ended by {signal.Signals(-status).name}."
-    return f"The run exited with status {status}."
