@@ -3,11 +3,12 @@
 Every write carries the attempt's fence; when it no longer matches, nothing is written and the caller learns it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from sqlalchemy import Insert
 from sqlalchemy.dialects import postgresql, sqlite
@@ -31,6 +32,9 @@ from workers.checkpoints import RESUMABLE, best_of
 Line = dict[str, Any]
 _LEVELS = ("info", "warn", "error")
 _METRIC_ROWS = 1000
+_STUCK = 2
+"""Attempts in a row without a step gained, after which more of them are waste."""
+_LONGEST_BACKOFF = 600.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,14 @@ class Finished:
     published: Published
 
 
+class Crash(NamedTuple):
+    """A run that broke off: its status, a sentence, and a code where more is known than the status says."""
+
+    status: int
+    reason: str
+    code: Code | None = None
+
+
 # The way out of RUNNING is worth waiting for: while nobody can write, nobody can reap either. A name and version that
 # another job took at the same moment are settled by trying again.
 persistent = retry(
@@ -75,13 +87,14 @@ class Ledger:
         self.worker_id = worker_id
         self._mine = repository.held_by(worker_id, job.fence)
 
-    def beat(self, lines: Sequence[Line]) -> Flags:
-        """T3, T4: the attempt lives, and this is what it said since the last beat."""
+    def beat(self, lines: Sequence[Line], run_seconds: float | None = None) -> Flags:
+        """T3, T4: the attempt lives, this is what it said since the last beat, and how long the job has run in all."""
         reached("beat.before")
         values: dict[str, Any] = {}
         metrics: list[dict[str, Any]] = []
         with self._database.write() as session:
-            row = repository.heartbeat(session, self.job.id, self.worker_id, self.job.fence, {})
+            clock = {} if run_seconds is None else {"run_seconds": run_seconds}
+            row = repository.heartbeat(session, self.job.id, self.worker_id, self.job.fence, clock)
             if row is None:
                 return Flags(lost=True)
             for line in lines:
@@ -224,17 +237,19 @@ class Ledger:
         give_back: bool = False,
         exit_code: int | None = None,
         broken_off: Job | None = None,
+        values: Mapping[str, Any] = MappingProxyType({}),
     ) -> bool:
-        """T7: another attempt, later. ``give_back`` leaves the attempt unspent."""
-        values: dict[str, Any] = {
+        """T7: another attempt, later. ``give_back`` leaves the attempt unspent; ``values`` are more columns."""
+        columns: dict[str, Any] = {
+            **values,
             "delay_seconds": delay,
             "not_before": now() + timedelta(seconds=delay) if delay else None,
             "exit_code": exit_code,
             **repository.back_in_queue(broken_off),
         }
         if give_back:
-            values["attempt"] = Job.attempt - 1
-        move = Move(JobState.QUEUED, code, message, "warn", {"delay_seconds": delay}, values)
+            columns["attempt"] = Job.attempt - 1
+        move = Move(JobState.QUEUED, code, message, "warn", {"delay_seconds": delay}, columns)
         with self._database.write() as session:
             moved = self._leave(session, move, Job.cancel_requested_at.is_(None))
             reached("requeue.before_commit")
@@ -242,7 +257,7 @@ class Ledger:
         return moved
 
     @persistent
-    def hold(self, reason: str, message: str, *, delay: float, exit_code: int | None = None) -> bool:
+    def hold(self, reason: str, message: str, *, delay: float, exit_code: int | None = None, **data: Any) -> bool:
         """T12 of a running job: back into the queue with a hold reason, the attempt unspent."""
         values: dict[str, Any] = {
             **repository.back_in_queue(),
@@ -252,7 +267,7 @@ class Ledger:
             "exit_code": exit_code,
             "attempt": Job.attempt - 1,
         }
-        move = Move(JobState.QUEUED, f"hold_{reason}", message, "warn", {"delay_seconds": delay}, values)
+        move = Move(JobState.QUEUED, f"hold_{reason}", message, "warn", {"delay_seconds": delay, **data}, values)
         with self._database.write() as session:
             return self._leave(session, move, Job.cancel_requested_at.is_(None))
 
@@ -298,17 +313,40 @@ class Ledger:
         after_commit(session, self._doorbell.ring)  # something may wait for this job or its slot
         return repository.transition(session, self.job.id, JobState.RUNNING, move, *self._mine, *guards)
 
-    def crashed(self, exit_code: int, reason: str, log_tail: str) -> bool:
-        """A child that died without a word: again after a pause, or final when the attempts are spent."""
+    def crashed(self, crash: Crash, log_tail: str, *, again: bool = True, backoff: float = 5.0) -> bool:
+        """A run that broke off: again after a pause that doubles, or final.
+
+        Final when ``again`` is False, when the attempts are spent, or when it got no further two attempts in a row.
+        """
         with self._database.read() as session:
             job = session.get_one(Job, self.job.id)  # with the checkpoints of this attempt
-        if not repository.attempts_spent(job):
-            delay = 5.0 * 2 ** (repository.next_count(job) - 1) if repository.next_count(job) else 0.0
-            message = f"{reason} Trying again."
-            return self.requeue("runner_killed", message, delay=delay, exit_code=exit_code, broken_off=job)
-        code = Code.KILLED if exit_code < 0 else Code.CRASHED
-        hint = f"The end of its log: {log_tail[-1500:]}" if log_tail else "Its log is empty."
-        return self.fail(RunError(code, f"{reason} {self.job.max_attempts} attempts were made.", hint=hint), exit_code)
+        step = int((job.progress or {}).get("step") or -1)
+        further = step > job.reached_step or job.ckpt_step > job.prev_attempt_step
+        stuck = 0 if further else job.stuck + 1
+        progress = {"reached_step": max(step, job.reached_step), "stuck": stuck}
+        # Who asks for more attempts than the default gets more of these as well.
+        looping = stuck >= max(_STUCK, job.max_attempts - 1)
+        starving = crash.code is Code.HOST_OUT_OF_MEMORY and job.attempt > 1
+        if again and not looping and not starving and not repository.attempts_spent(job):
+            count = repository.next_count(job)
+            delay = min(backoff * 2 ** (count - 1), _LONGEST_BACKOFF) if count else 0.0
+            code = str(crash.code) if crash.code is not None else "runner_killed"
+            message = f"{crash.reason} Trying again."
+            return self.requeue(code, message, delay=delay, exit_code=crash.status, broken_off=job, values=progress)
+        return self.fail(_final(crash, job, looping and again, log_tail), crash.status)
+
+
+def _final(crash: Crash, job: Job, looping: bool, log_tail: str) -> RunError:
+    """What a crash that is not tried again says."""
+    hint = f"The end of its log: {log_tail[-1500:]}" if log_tail else "Its log is empty."
+    code = crash.code or (Code.KILLED if crash.status < 0 else Code.CRASHED)
+    if crash.code is Code.HOST_OUT_OF_MEMORY:
+        hint = "Lower per_device_train_batch_size or training.max_length, use QLoRA, or run fewer jobs beside it."
+    spent = repository.attempts_spent(job)
+    if looping and not spent and crash.code is None:
+        code = Code.CRASH_LOOP
+    where = f" It got no further than step {job.reached_step}." if looping and job.reached_step >= 0 else ""
+    return RunError(code, f"{crash.reason} {job.attempt} attempts were made.{where}", hint=hint)
 
 
 def _is_step(value: object) -> bool:

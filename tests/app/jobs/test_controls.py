@@ -13,7 +13,7 @@ from app.jobs import claims, repository
 from app.models import Job, Slot, Worker
 from app.queue import SilentDoorbell
 from app.storage import Storage
-from workers.ledger import Ledger
+from workers.ledger import Crash, Ledger
 
 WORKER = "w1"
 
@@ -157,14 +157,14 @@ def test_attempts_that_get_on_are_not_counted(submit: Any, claim: Any, ledger: A
         assert job is not None
         with database.write() as session:
             session.execute(update(Job).where(Job.id == job_id).values(ckpt_step=step))
-        assert ledger(job).crashed(-9, "Killed.", "")
-    for _ in range(3):
+        assert ledger(job).crashed(Crash(-9, "Killed."), "")
+    for _ in range(2):
         with database.write() as session:
             session.execute(update(Job).where(Job.id == job_id).values(not_before=None))
         job = claim()
-        assert ledger(job).crashed(-9, "Killed.", "")
+        assert ledger(job).crashed(Crash(-9, "Killed."), "")
     with database.read() as session:
         row = session.get_one(Job, job_id)
         codes = [event.code for event in repository.events(session, job_id, 100, None, newest_first=False)]
-    assert (row.state, row.error_code) == ("failed", "killed")
-    assert codes.count("runner_killed") == 7
+    assert (row.state, row.error_code) == ("failed", "crash_loop")
+    assert codes.count("runner_killed") == 6

@@ -19,7 +19,7 @@ from app.queue import SilentDoorbell
 from app.states import JOB_MOVES, JobState
 from app.storage import Published, Storage
 from workers.journal import Tail
-from workers.ledger import Finished, Ledger
+from workers.ledger import Crash, Finished, Ledger
 
 Claim = Callable[..., Job | None]
 Add = Callable[..., str]
@@ -188,7 +188,7 @@ def test_a_heartbeat_of_a_stale_worker_hits_nothing(
     assert not stale.fail(RunError(Code.RUN_FAILED, "x"))
     assert not stale.requeue("x", "x")
     assert not stale.cancelled()
-    assert not stale.crashed(1, "x", "")
+    assert not stale.crashed(Crash(1, "x"), "")
     after = row(job_id)
     assert (after.state, after.worker_id, after.hb_seq, after.fence) == (
         "running",
@@ -268,17 +268,47 @@ def test_a_requeue_waits_and_may_give_the_attempt_back(
     history(job_id)
 
 
-def test_crashes_back_off_and_then_are_final(add: Add, claim: Claim, ledger: Any, row: Row, history: Any) -> None:
+@pytest.mark.parametrize(
+    ("max_attempts", "crashes", "code"), [(1, 1, "killed"), (2, 2, "killed"), (3, 2, "crash_loop")]
+)
+def test_a_run_that_gets_nowhere_is_given_up(
+    add: Add, claim: Claim, ledger: Any, row: Row, history: Any, max_attempts: int, crashes: int, code: str
+) -> None:
+    job_id = add(max_attempts=max_attempts)
+    for number in range(crashes):
+        assert row(job_id).state == "queued", number
+        assert ledger(claim(at=now() + timedelta(hours=1))).crashed(Crash(-9, "Killed."), "tail")
+    assert (row(job_id).state, row(job_id).error_code) == ("failed", code)
+    history(job_id)
+
+
+def test_statuses_that_are_not_to_be_tried_again(add: Add, claim: Claim, ledger: Any, row: Row, history: Any) -> None:
     job_id = add()
+    assert ledger(claim()).crashed(Crash(3, "Exit 3."), "tail", again=False)
+    assert (row(job_id).state, row(job_id).error_code) == ("failed", "crashed")
+    history(job_id)
+
+
+def test_memory_of_the_host_is_tried_once_more(add: Add, claim: Claim, ledger: Any, row: Row, history: Any) -> None:
+    job_id = add(max_attempts=9)
+    for state in ("queued", "failed"):
+        assert ledger(claim(at=now() + timedelta(hours=1))).crashed(Crash(-9, "Killed.", Code.HOST_OUT_OF_MEMORY), "")
+        assert row(job_id).state == state
+    assert row(job_id).error_code == "host_oom"
+    history(job_id)
+
+
+def test_crashes_back_off_and_then_are_final(add: Add, claim: Claim, ledger: Any, row: Row, history: Any) -> None:
+    job_id = add(max_attempts=4)
     delays = []
     for _ in range(2):
-        assert ledger(claim(at=now() + timedelta(hours=1))).crashed(-9, "Killed.", "tail")
+        assert ledger(claim(at=now() + timedelta(hours=1))).crashed(Crash(-9, "Killed."), "tail")
         assert row(job_id).state == "queued"
         delays.append(row(job_id).delay_seconds)
     assert delays == [5, 10]
-    assert ledger(claim(at=now() + timedelta(hours=1))).crashed(-9, "Killed.", "last words")
+    assert ledger(claim(at=now() + timedelta(hours=1))).crashed(Crash(-9, "Killed."), "last words")
     job = row(job_id)
-    assert (job.state, job.error_code, job.attempt) == ("failed", "killed", 3)
+    assert (job.state, job.error_code, job.attempt) == ("failed", "crash_loop", 3)
     assert job.error_detail is not None
     assert "last words" in job.error_detail["hint"]
     history(job_id)
