@@ -10,6 +10,7 @@ and say so.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -45,7 +46,9 @@ from tests.workers.conftest import conversation, make_model  # noqa: E402
 
 TEN_MINUTES = 600.0
 SHARE = 0.02
-WARM = "TUNESMITH_WARM"
+# Whether this version keeps a runner ready that has imported its libraries; without it there are no warm cells.
+HAS_WARM = importlib.util.find_spec("workers.warm") is not None
+WARM_SWITCH = "TUNESMITH_WARM_RUNNER"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Attempt:
     """One attempt on the slot; seconds since the epoch, by this machine's one clock."""
 
     claimed: float
-    training: float
+    imported: float
+    """The recipe has its libraries and says its first word; a runner that had them before starts from here."""
     first_step: float
     killed: float
     released: float
@@ -66,6 +70,11 @@ class Attempt:
     def start(self) -> float:
         """From the claim to the end of the first step, less that step."""
         return self.first_step - self.claimed - self.pace
+
+    @property
+    def start_after_imports(self) -> float:
+        """What is left of the start when the libraries are there."""
+        return self.first_step - self.imported - self.pace
 
     @property
     def noticed(self) -> float:
@@ -98,7 +107,7 @@ def installation(folder: Path, *, warm: bool) -> Iterator[tuple[Settings, TestCl
         "TUNESMITH_MODEL_ROOTS": str(models),
         "TUNESMITH_SLOTS": "train:1,light:1",
         "TUNESMITH_MIN_FREE_BYTES": "0",
-        WARM: "true" if warm else "false",
+        WARM_SWITCH: "true" if warm else "false",
     }
     with (folder / "log").open("wb") as log:
         broker = subprocess.Popen(embedded_command(settings), stdout=log, stderr=log)
@@ -204,14 +213,14 @@ def killed_attempts(settings: Settings, client: TestClient, job_id: str, interva
 
 def _attempt(journal: Path, claimed: float, killed: float, released: float, kept: int | None) -> Attempt:
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    training = next(line["t"] for line in lines if line["kind"] == "phase" and line["phase"] == "training")
+    imported = next(line["t"] for line in lines if line["kind"] == "phase")
     steps = [(line["t"], line["step"]) for line in lines if line["kind"] == "progress"]
     paces = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in zip(steps, steps[1:], strict=False)]
     pace = statistics.median(paces)
     before = steps[0][1] - 1
     last = steps[-1][1] + int((killed - steps[-1][0]) / pace)  # progress is told twice a second
     kept_steps = max(0, (kept or before) - before)
-    return Attempt(claimed, training, steps[0][0], killed, released, kept_steps, last - before - kept_steps, pace)
+    return Attempt(claimed, imported, steps[0][0], killed, released, kept_steps, last - before - kept_steps, pace)
 
 
 def cell(interval: float, kills: int, checkpoint_seconds: float, *, warm: bool) -> dict[str, Any]:
@@ -236,6 +245,7 @@ def cell(interval: float, kills: int, checkpoint_seconds: float, *, warm: bool) 
         "goodput": round(useful / held, 4),
         "goodput_of_wall_clock": round(useful / wall, 4),
         "start_seconds": [round(item.start, 2) for item in found],
+        "start_after_imports_seconds": [round(item.start_after_imports, 2) for item in found],
         "noticed_seconds": [round(item.noticed, 2) for item in found],
         "between_attempts_seconds": [
             round(later.claimed - earlier.released, 2) for earlier, later in zip(found, found[1:], strict=False)
@@ -253,17 +263,19 @@ def cell(interval: float, kills: int, checkpoint_seconds: float, *, warm: bool) 
     }
 
 
-def worked_out(measured: dict[str, Any], checkpoint_seconds: float) -> dict[str, Any]:
+def worked_out(measured: dict[str, Any], checkpoint_seconds: float, *, without_imports: bool = False) -> dict[str, Any]:
     """Kills every ten minutes: restart as measured; on average half an interval between checkpoints is lost.
 
-    Writing checkpoints is charged with 2 %, the most that the run allows itself.
+    Writing checkpoints is charged with 2 %, the most that the run allows itself. ``without_imports``: as if a runner
+    had had its libraries.
     """
     # The first attempt's start also warms the disk's caches.
-    starts = measured["start_seconds"][1:] or measured["start_seconds"]
+    starts = measured["start_after_imports_seconds" if without_imports else "start_seconds"]
+    starts = starts[1:] or starts
     restart = statistics.mean(starts) + statistics.mean(measured["noticed_seconds"])
     share = (TEN_MINUTES - restart - checkpoint_seconds / 2) * (1 - SHARE) / TEN_MINUTES
     return {
-        "runner": measured["runner"],
+        "runner": "cold, less its imports" if without_imports else measured["runner"],
         "checkpoint_seconds": checkpoint_seconds,
         "restart_seconds": round(restart, 2),
         "goodput": round(share, 4),
@@ -280,6 +292,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     kinds = [True, False] if arguments.runner == "both" else [arguments.runner == "warm"]
+    if not HAS_WARM:
+        if arguments.runner == "warm":
+            sys.exit("this version has no warm runner")
+        kinds = [False]
     measured = [
         cell(arguments.interval, arguments.kills, seconds, warm=warm)
         for warm in kinds
@@ -287,6 +303,8 @@ def main() -> None:
     ]
     first = {item["runner"]: item for item in reversed(measured)}
     ten_minutes = [worked_out(item, seconds) for item in first.values() for seconds in (20.0, 300.0)]
+    if not HAS_WARM:
+        ten_minutes += [worked_out(first["cold"], seconds, without_imports=True) for seconds in (20.0, 300.0)]
     found = {"measured": measured, "every_ten_minutes": ten_minutes, "load": os.getloadavg(), "cpus": os.cpu_count()}
     if arguments.json:
         print(json.dumps(found, indent=2))
