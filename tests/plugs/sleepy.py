@@ -30,6 +30,9 @@ Mode = Literal[
     "checkpoint",
     "empty_output",
     "once",
+    "exit",
+    "bad_result",
+    "ticks",
 ]
 FAMILY = """
 import os, signal, time
@@ -45,6 +48,7 @@ class SleepySpec(JobSpec):
     type: Literal["sleepy"] = "sleepy"
     mode: Mode = "ok"
     seconds: float = Field(600, ge=0, description="How long it hangs, where it hangs.")
+    status: int = Field(0, description="The exit status of mode exit.")
     marker: str | None = Field(None, description="A file that it makes once it is under way.")
 
 
@@ -81,6 +85,16 @@ def run(spec: SleepySpec, ctx: RunContext) -> None:
         raise ValueError("an unforeseen thing")
     elif spec.mode == "refuse":
         raise RunError(Code.BAD_DATA, "row 3 makes no sense", hint="Mend row 3.", param="dataset.file")
+    elif spec.mode == "exit":
+        os._exit(spec.status)
+    elif spec.mode == "bad_result":
+        (ctx.work_dir.parent / "result.json").write_text('{"status": "ok", "outputs": ["nothing"]}')
+        os._exit(0)
+    elif spec.mode == "ticks":
+        while not ctx.stop_requested():
+            ctx.tick()
+            time.sleep(0.05)
+        raise Interrupted
     elif spec.mode == "silent":
         os._exit(0)
 

@@ -1,0 +1,110 @@
+"""How attempts end, and what follows: limits, silence, exit statuses, results that cannot be read."""
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from app.processes import processes_with_token
+from tests.support import wait_for
+from tests.workers.supervision.conftest import Attempt, claim
+from workers.supervisor import House
+
+
+def test_a_run_that_says_nothing_is_ended_and_tried_again(start: Callable[..., Attempt], house: House) -> None:
+    attempt = start("hang", more={"limits": {"stall_seconds": 1.0}})
+    job = attempt.end()
+    assert (job.state, job.attempt, job.stuck) == ("queued", 1, 1)
+    assert attempt.codes()[-1] == "stalled"
+    job = claim(house).end()
+    assert (job.state, job.error_code) == ("failed", "stalled")
+
+
+def test_a_frozen_runner_counts_as_silent(start: Callable[..., Attempt]) -> None:
+    attempt = start("ticks", more={"limits": {"stall_seconds": 1.5}})
+    os.kill(attempt.runner(), signal.SIGSTOP)
+    job = attempt.end()
+    assert (job.state, job.exit_code) == ("queued", -9)
+    assert attempt.codes()[-1] == "stalled"
+
+
+def test_a_run_that_ticks_is_left_alone(start: Callable[..., Attempt], house: House) -> None:
+    attempt = start("ticks", more={"limits": {"stall_seconds": 1.0}})
+    attempt.runner()
+    assert wait_for(lambda: attempt.row().run_seconds > 2.5 or attempt.row().state != "running", 20)
+    assert attempt.row().state == "running"
+    house.stopping.set()
+    assert attempt.end().state == "queued"
+
+
+def test_time_in_slots_is_limited_over_all_attempts(start: Callable[..., Attempt], house: House) -> None:
+    attempt = start("ticks", wall_seconds=3.0, run_seconds=2.0)
+    job = attempt.end()
+    assert (job.state, job.error_code) == ("failed", "wall_time_exceeded")
+    assert 3.0 <= job.run_seconds < 20
+    assert job.error_detail is not None
+    assert "limits.wall_seconds" in job.error_detail["hint"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(65, "bad_data"), (66, "non_finite_loss"), (69, "oom"), (77, "gated_model"), (78, "bad_spec")]
+)
+def test_statuses_that_say_what_is_wrong_are_final(start: Callable[..., Attempt], status: int, code: str) -> None:
+    job = start("exit", more={"status": status}).end()
+    assert (job.state, job.error_code, job.exit_code, job.attempt) == ("failed", code, status, 1)
+
+
+def test_a_full_disk_is_a_hold_and_costs_no_attempt(start: Callable[..., Attempt]) -> None:
+    attempt = start("exit", more={"status": 74})
+    job = attempt.end()
+    assert (job.state, job.hold_reason, job.attempt, job.exit_code) == ("queued", "disk_full", 0, 74)
+    assert attempt.codes()[-1] == "hold_disk_full"
+
+
+@pytest.mark.parametrize(("allowed", "state"), [([3, 4], "queued"), ([5], "failed")])
+def test_only_the_statuses_that_the_spec_names_are_tried_again(
+    start: Callable[..., Attempt],
+    allowed: list[int],
+    state: str,
+) -> None:
+    job = start("exit", more={"status": 3, "retry": {"exit_codes": allowed, "backoff_seconds": 2.0}}).end()
+    assert job.state == state
+    assert job.delay_seconds == (2.0 if state == "queued" else 0.0)
+
+
+def test_two_crashes_without_a_step_gained_are_a_loop(start: Callable[..., Attempt], house: House) -> None:
+    assert start("crash").end().state == "queued"
+    job = claim(house).end()
+    assert (job.state, job.error_code, job.attempt) == ("failed", "crash_loop", 2)
+    assert job.error_detail is not None
+    assert "about to crash" in job.error_detail["hint"]
+
+
+def test_a_result_that_cannot_be_read_is_said_at_once(start: Callable[..., Attempt]) -> None:
+    job = start("bad_result").end()
+    assert (job.state, job.error_code) == ("failed", "protocol")
+
+
+def test_a_runner_ends_itself_when_its_supervisor_falls_silent(
+    start: Callable[..., Attempt],
+    house: House,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when the worker is stopped with SIGSTOP: it lives, its threads do not tick."""
+    patience = 2 * house.settings.lease_seconds
+
+    def mute(*_: Any) -> None:
+        """No tick."""
+
+    monkeypatch.setattr("workers.child.Child._tick", mute)
+    monkeypatch.setattr("workers.child.SILENCE", "TUNESMITH_NO_SUCH_VARIABLE")
+    monkeypatch.setenv("TUNESMITH_SILENCE", "1.0")
+    monkeypatch.setattr("workers.child.PASSED_ON", ("PATH", "TUNESMITH_SILENCE"))
+    attempt = start("hang")
+    attempt.runner()
+    job = attempt.end()
+    assert patience > 1.0
+    assert (job.state, job.exit_code) in (("queued", -9), ("queued", 70))
+    assert processes_with_token(attempt.token) == []
