@@ -14,7 +14,7 @@ from app.db import Database
 from app.deployments import repository
 from app.deployments.service import Router
 from app.errors import NotFound, Unavailable
-from app.jobs import repository as jobs
+from app.jobs import claims
 from app.models import Deployment, Job, now
 from app.queue import SilentDoorbell
 from app.reconciler import Reconciler, reap
@@ -54,7 +54,7 @@ def reconciler(settings: Settings, database: Database) -> Reconciler:
 def claim(database: Database) -> Callable[[], Job | None]:
     def claim() -> Job | None:
         with database.write() as session:
-            return jobs.claim(session, "w", "serve-0", ["serve"])
+            return claims.claim(session, "w", "serve-0", ["serve"])
 
     return claim
 
