@@ -20,6 +20,7 @@ from app.gateway.router import router as gateway
 from app.jobs.router import router as jobs
 from app.jobs.stream import Tailer
 from app.openai.router import router as openai
+from app.pipelines.router import router as pipelines
 from app.projects.service import KeyRing
 from app.queue import AnyDoorbell, SilentDoorbell
 from app.settings import Settings
@@ -63,7 +64,7 @@ def create_app(settings: Settings | None = None, doorbell: AnyDoorbell | None = 
     app.state.stopping = False
     http.install(app)
     app.add_middleware(http.Guard, settings=settings)
-    for router in (jobs, files, artifacts, deployments, fleet, openai, gateway):
+    for router in (jobs, pipelines, files, artifacts, deployments, fleet, openai, gateway):
         app.include_router(router)
     _add_health(app)
     _add_schemas(app, rooms)

@@ -7,12 +7,14 @@ import pytest
 
 from app.catalog import discover
 from app.files import rows
-from app.jobs.intake import read_spec
+from app.jobs.intake import read_document, read_spec
+from app.pipelines.service import read
 from app.settings import Settings
 from app.specs import TrainSpec
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-SPECS = sorted(EXAMPLES.glob("*.yaml"))
+PIPELINE = EXAMPLES / "pipeline.yaml"
+SPECS = sorted({*EXAMPLES.glob("*.yaml")} - {PIPELINE})
 
 
 def test_there_is_an_example_of_each_method() -> None:
@@ -27,6 +29,13 @@ def test_a_spec_is_accepted_without_a_warning(path: Path) -> None:
         assert path.stem == f"{intake.spec.algorithm}_{intake.spec.model.method}"
         report = rows.check(EXAMPLES / intake.spec.dataset.file)
         assert report.ok, report.problems
+
+
+def test_the_pipeline_is_accepted_in_an_order_that_works() -> None:
+    document = read_document(PIPELINE.read_bytes(), "application/yaml")
+    _, steps = read(document, discover(Settings().packages))
+    assert [step.name for step in steps] == ["sft", "judge", "ppo", "merged", "check", "serve"]
+    assert all(step.intake.warnings == [] for step in steps)
 
 
 def test_the_chat_example_is_python_that_only_needs_the_openai_client() -> None:

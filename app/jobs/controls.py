@@ -9,7 +9,7 @@ from app.errors import Conflict
 from app.jobs import repository
 from app.jobs.repository import Move
 from app.jobs.schemas import JobOut
-from app.jobs.service import existing, show
+from app.jobs.show import existing, show
 from app.models import Job, JobDependency, now
 from app.states import JobState
 

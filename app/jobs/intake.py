@@ -50,19 +50,26 @@ class Intake:
     warnings: list[str] = field(default_factory=list)
 
 
+def read_document(body: bytes, content_type: str) -> Any:
+    """A JSON or YAML body, by its content type. Raises UnsupportedMediaType or BadRequest."""
+    return _parsed(body, content_type)[0]
+
+
 def read_spec(body: bytes, content_type: str, catalog: Catalog) -> Intake:
     """Parses and validates a ``POST /jobs`` body (JSON, or YAML by its content type)."""
-    media = content_type.split(";")[0].strip().lower() or "application/json"
-    raw: Any = None
-    if media in ("application/yaml", "application/x-yaml", "text/yaml"):
-        data, raw = parse_yaml(body)
-    elif media == "application/json":
-        data = parse_json(body)
-    else:
-        raise UnsupportedMediaType(
-            f"{media} is not read here", param="Content-Type", hint="Send application/json or application/yaml."
-        )
+    data, raw = _parsed(body, content_type)
     return validate_spec(data, catalog, raw)
+
+
+def _parsed(body: bytes, content_type: str) -> tuple[Any, Any]:
+    media = content_type.split(";")[0].strip().lower() or "application/json"
+    if media in ("application/yaml", "application/x-yaml", "text/yaml"):
+        return parse_yaml(body)
+    if media == "application/json":
+        return parse_json(body), None
+    raise UnsupportedMediaType(
+        f"{media} is not read here", param="Content-Type", hint="Send application/json or application/yaml."
+    )
 
 
 def validate_spec(data: Any, catalog: Catalog, raw: Any = None) -> Intake:

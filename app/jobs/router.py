@@ -13,7 +13,9 @@ from app.jobs import controls, service
 from app.jobs.examples import BODY
 from app.jobs.intake import Intake, read_spec
 from app.jobs.schemas import CheckpointOut, EventOut, JobOut, JobPatch, StepMetrics
+from app.jobs.show import existing, show
 from app.jobs.stream import Tailer, cursor
+from app.jobs.submission import Submission
 from app.paging import Page
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -41,11 +43,17 @@ def create_job(
     idempotency_key: Annotated[
         str | None, Header(min_length=1, max_length=255, description="Same key and body: same job.")
     ] = None,
+    x_stainless_retry_count: Annotated[
+        int,
+        Header(ge=0, description="Sent by OpenAI's clients: above 0, the job of the same body a moment ago is given."),
+    ] = 0,
 ) -> JobOut:
     """Stores the job and answers at once; a worker runs it. JSON, or YAML as `application/yaml`."""
     with rooms.database.write() as session:
         after_commit(session, rooms.doorbell.ring)
-        job = service.Submission(session, rooms.settings, rooms.catalog, caller).submit(intake, idempotency_key)
+        job = Submission(session, rooms.settings, rooms.catalog, caller).submit(
+            intake, idempotency_key, again=x_stainless_retry_count > 0
+        )
         reached("submit.before_commit")
     reached("submit.after_commit")
     return job
@@ -72,7 +80,7 @@ def list_jobs(
 def get_job(job_id: str, caller: Reader, rooms: RoomsDep) -> JobOut:
     """Status, progress, the resolved spec, what it left and, if it failed, why."""
     with rooms.database.read() as session:
-        return service.show(session, caller.project_id, job_id)
+        return show(session, caller.project_id, job_id)
 
 
 @router.get("/{job_id}/events", summary="A job's history")
@@ -131,7 +139,7 @@ def stream_job(
 ) -> Any:
     """Events (`id: <seq>`), metrics (`id: m<step>`) and progress; `Last-Event-ID` replays what was missed."""
     with rooms.database.read() as session:
-        service.existing(session, caller.project_id, job_id)
+        existing(session, caller.project_id, job_id)
         tailer: Tailer = request.app.state.tailer
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         frames = tailer.frames(job_id, *cursor(last_event_id))
@@ -171,7 +179,7 @@ def retry_job(job_id: str, caller: Submitter, rooms: RoomsDep) -> JobOut:
     """A new job with the same spec and `retry_of`; its follow-ups are made anew too."""
     with rooms.database.write() as session:
         after_commit(session, rooms.doorbell.ring)
-        submission = service.Submission(session, rooms.settings, rooms.catalog, caller)
+        submission = Submission(session, rooms.settings, rooms.catalog, caller)
         return controls.retry(session, caller.project_id, job_id, submission.again)
 
 

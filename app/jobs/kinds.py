@@ -1,0 +1,52 @@
+"""What a job leaves, and which fields take it: so that a chain that cannot work is refused before it begins."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from app.errors import BadRequest, Code
+from app.specs import DeploySpec, JobSpec, TrainSpec
+
+Left = Literal["adapter", "model", "reward"]
+_MODEL_MAKERS = ("merge", "import")
+
+
+def left_by(type_: str, algorithm: str | None, spec: Mapping[str, Any]) -> Left | None:
+    """The kind of artifact that such a job leaves; None for one that leaves no weights, or that we do not know."""
+    if type_ == "train":
+        if algorithm == "reward":
+            return "reward"
+        return "adapter" if (spec.get("model") or {}).get("use_peft", True) else "model"
+    return "model" if type_ in _MODEL_MAKERS else None
+
+
+def check(consumer: JobSpec, path: str, field_kind: str, source: str, left: Left | None, source_type: str) -> None:
+    """Refuses a source whose artifact does not fit the field. ``source`` is how the user named it.
+
+    Raises BadRequest wrong_kind.
+    """
+    if left is None:
+        if source_type in ("serve", "deploy", "validate"):
+            raise _refused(path, source, f"is a {source_type} job, which leaves no model", "Name the job that made it.")
+        return  # a plug-in's job: known when it is done
+    if field_kind == "reward" and left != "reward":
+        hint = "Name a train job with algorithm reward."
+        raise _refused(path, source, f"leaves {_article(left)}, not a reward model", hint)
+    if field_kind == "adapter" and left != "adapter":
+        raise _refused(
+            path, source, f"leaves {_article(left)}, not an adapter", "Name the job that trained the adapter."
+        )
+    if field_kind == "model" and left == "reward":
+        raise _refused(path, source, "leaves a reward model, which generates nothing", "Name a model or an adapter.")
+    if field_kind == "model" and left == "adapter" and not isinstance(consumer, TrainSpec):
+        merged = "Merge it first: name a job of type merge."
+        if isinstance(consumer, DeploySpec):
+            merged = f'Merge it first: submit {{"type": "merge", "adapter": "{source}"}} and deploy its result.'
+        raise _refused(path, source, "leaves an adapter", merged)
+
+
+def _refused(path: str, source: str, what: str, hint: str) -> BadRequest:
+    return BadRequest(f"{path}: {source} {what}", param=path, code=Code.WRONG_KIND, hint=hint)
+
+
+def _article(left: Left) -> str:
+    return {"adapter": "an adapter", "model": "a model", "reward": "a reward model"}[left]

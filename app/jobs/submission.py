@@ -1,0 +1,347 @@
+"""From a validated spec to rows: references pinned, inputs checked, follow-ups added."""
+
+import copy
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from app.artifacts import inspect, references
+from app.artifacts import repository as artifacts
+from app.catalog import Catalog
+from app.deployments import repository as deployments
+from app.errors import BadRequest, Code, Conflict, IdempotencyKeyReused, InsufficientStorage, NotFound
+from app.files import repository as files
+from app.jobs import estimate, kinds, repository
+from app.jobs.intake import Intake, validate_spec
+from app.jobs.repository import Move
+from app.jobs.schemas import JobOut
+from app.jobs.show import show
+from app.models import Artifact, Job, JobDependency, PipelineStep, new_id, now
+from app.projects.caller import Caller
+from app.settings import Settings
+from app.specs import DeploySpec, JobSpec, TrainSpec
+from app.states import JobState
+from app.storage import Storage
+
+REPEATED_WITHIN = timedelta(minutes=10)
+
+
+class Submission:
+    """Turns a validated spec into rows: the job, and the jobs that follow it."""
+
+    def __init__(self, session: Session, settings: Settings, catalog: Catalog, caller: Caller) -> None:
+        self._session = session
+        self._settings = settings
+        self._catalog = catalog
+        self._caller = caller
+
+    def submit(self, intake: Intake, idempotency_key: str | None = None, *, again: bool = False) -> JobOut:
+        """Stores the job and its follow-ups; the same key and body again give the same job.
+
+        ``again``: the client says that it repeats a request whose answer it never got.
+        """
+        fingerprint = sha256_of(intake.submitted)
+        if earlier := self._earlier(idempotency_key, fingerprint):
+            return earlier
+        if again and idempotency_key is None and (earlier := self._just_made(fingerprint)):
+            return earlier
+        check_disk(self._settings)
+        try:
+            with self._session.begin_nested():
+                job = self._add(intake.spec, intake.submitted, [], idem=(idempotency_key, fingerprint))
+        except IntegrityError:
+            # Somebody sent the same key at the same moment and was faster.
+            if earlier := self._earlier(idempotency_key, fingerprint):
+                return earlier
+            raise
+        for warning in intake.warnings:
+            repository.note(self._session, job.id, Move(JobState.QUEUED, "spec_warning", warning, "warn"))
+        if isinstance(intake.spec, TrainSpec):
+            self._follow_ups(intake.spec, job)
+        return show(self._session, self._caller.project_id, job.id)
+
+    def again(self, job: Job, made: Mapping[str, str], waits: list[str], done: list[str]) -> Job:
+        """The job's spec as a new job; ``made`` says which jobs took the place of those that it names.
+
+        It waits for ``waits``; ``done`` are its parents that succeeded already.
+        """
+        check_disk(self._settings)
+        submitted = copy.deepcopy(job.spec)
+        named = {"experiment_name": job.experiment_name}
+        for path, _, value in references.references(validate_spec({**submitted, **named}, self._catalog).spec):
+            if value.removeprefix("job:") in made:
+                set_at(submitted, path, f"job:{made[value.removeprefix('job:')]}")
+        intake = validate_spec({**submitted, **named}, self._catalog)
+        new = self._add(intake.spec, submitted, waits, retry_of=job.id, pipeline_id=job.pipeline_id)
+        # A pipeline's step is its newest job.
+        self._session.execute(update(PipelineStep).where(PipelineStep.job_id == job.id).values(job_id=new.id))
+        self._session.add_all(JobDependency(job_id=new.id, parent_id=parent) for parent in done)
+        self._session.flush()
+        return new
+
+    def _earlier(self, idempotency_key: str | None, fingerprint: str) -> JobOut | None:
+        """The job that this key made already. Raises IdempotencyKeyReused when its body was another."""
+        if idempotency_key is None:
+            return None
+        job = repository.by_idempotency_key(self._session, self._caller.project_id, idempotency_key)
+        if job is None:
+            return None
+        if job.idem_sha256 != fingerprint:
+            raise IdempotencyKeyReused(
+                "this Idempotency-Key came before with another body",
+                param="Idempotency-Key",
+                hint="Use a new key for a new request.",
+            )
+        return show(self._session, self._caller.project_id, job.id)
+
+    def _just_made(self, fingerprint: str) -> JobOut | None:
+        """The job that the same API key made of the same body a moment ago."""
+        row = self._session.scalar(
+            select(Job)
+            .where(
+                Job.project_id == self._caller.project_id,
+                Job.created_by == self._caller.key_id,
+                Job.idem_sha256 == fingerprint,
+                Job.created_at > now() - REPEATED_WITHIN,
+            )
+            .order_by(Job.created_at.desc())
+            .limit(1)
+        )
+        return show(self._session, self._caller.project_id, row.id) if row is not None else None
+
+    def add(self, intake: Intake, parents: list[str], pipeline_id: str) -> Job:
+        """One job of a pipeline, with its follow-ups and warnings."""
+        job = self._add(intake.spec, intake.submitted, parents, pipeline_id=pipeline_id)
+        for warning in intake.warnings:
+            repository.note(self._session, job.id, Move(JobState.QUEUED, "spec_warning", warning, "warn"))
+        if isinstance(intake.spec, TrainSpec):
+            self._follow_ups(intake.spec, job)
+        return job
+
+    def _follow_ups(self, spec: TrainSpec, job: Job) -> None:
+        parent, model = job, job
+        for step in spec.then:
+            common: dict[str, Any] = {"type": step, "experiment_name": job.experiment_name, "priority": job.priority}
+            if step == "merge":
+                extra = {"adapter": f"job:{job.id}", "output_name": f"{job.experiment_name[:56]}_merged"}
+            elif step == "validate":
+                extra = {"model": f"job:{model.id}"}
+            else:
+                extra = {"model": f"job:{model.id}", "name": job.experiment_name}
+            intake = validate_spec({**common, **extra}, self._catalog)
+            parent = self._add(intake.spec, intake.submitted, [parent.id], pipeline_id=job.pipeline_id)
+            model = parent if step == "merge" else model
+
+    def _add(
+        self,
+        spec: JobSpec,
+        submitted: dict[str, Any],
+        parents: list[str],
+        *,
+        idem: tuple[str | None, str] = (None, ""),
+        retry_of: str | None = None,
+        pipeline_id: str | None = None,
+    ) -> Job:
+        algorithm = spec.algorithm if isinstance(spec, TrainSpec) else None
+        resolved = spec.model_dump(mode="json")
+        waits = self._resolve(spec, resolved)
+        name = spec.experiment_name or made_up_name(spec)
+        resolved["experiment_name"] = name
+        own_class = "control" if isinstance(spec, DeploySpec) else self._catalog.slot_class(spec.type, algorithm)
+        prepares = self._catalog.prepares(spec.type, algorithm)
+        job = Job(
+            id=new_id("ftjob" if spec.type == "train" else "job"),
+            project_id=self._caller.project_id,
+            created_by=self._caller.key_id,
+            type=spec.type,
+            algorithm=algorithm,
+            experiment_name=name,
+            spec=submitted,
+            spec_sha256=sha256_of(resolved),
+            resolved_spec=resolved,
+            slot_class="light" if prepares else own_class,
+            next_class=own_class if prepares else None,
+            priority=spec.priority,
+            gpus=spec.resources.gpus,
+            min_vram_gb=spec.resources.min_vram_gb,
+            memory_gb=estimate.memory_gb(self._session, self._settings, self._caller.project_id, spec, resolved),
+            preemptible=spec.preemptible,
+            queue_seconds=spec.limits.queue_seconds,
+            wall_seconds=spec.limits.wall_seconds,
+            max_attempts=spec.retry.max_attempts,
+            labels=spec.metadata,
+            idem_key=idem[0],
+            idem_sha256=idem[1] or None,
+            retry_of=retry_of,
+            pipeline_id=pipeline_id,
+        )
+        repository.add(self._session, job, sorted({*parents, *waits}))
+        return job
+
+    def _resolve(self, spec: JobSpec, resolved: dict[str, Any]) -> list[str]:
+        """Checks that every input exists, pins it in ``resolved``, and says which jobs must end first."""
+        waits: list[str] = []
+        for path, kind, value in references.references(spec):
+            if kind == "file":
+                self._check_file(value, path)
+                continue
+            revision = spec.model.revision if isinstance(spec, TrainSpec) and path.startswith("model.") else None
+            self._check_source(spec, kind, value, path)
+            found = references.resolve(
+                self._session, self._settings, self._caller.project_id, value, param=path, revision=revision
+            )
+            if isinstance(spec, DeploySpec):
+                self._check_deployable(found, path)
+            set_at(resolved, path, found.pinned)
+            if found.job_id:
+                waits.append(found.job_id)
+            elif found.folder and kind == "adapter":
+                check_adapter(found, path)
+            elif found.folder and kind == "reward":
+                check_reward(found, path)
+            elif found.folder and isinstance(spec, TrainSpec):
+                self._check_start(spec, found, path)
+        if isinstance(spec, DeploySpec):
+            if spec.engine not in self._catalog.engines:
+                names = ", ".join(self._catalog.engines)
+                raise BadRequest(f"engine {spec.engine!r} is unknown", param="engine", hint=f"One of: {names}.")
+            live = deployments.live_by_name(self._session, self._caller.project_id, spec.name)
+            if live is not None:
+                raise Conflict(
+                    f"a deployment named {spec.name} is {live.status}",
+                    param="name",
+                    code=Code.NAME_TAKEN,
+                    hint=f"Choose another name, or DELETE /deployments/{live.id} first.",
+                )
+        return waits
+
+    def _check_start(self, spec: TrainSpec, found: references.Resolved, path: str) -> None:
+        """What a run starts from: a model, or an adapter whose base is known, which is folded into it first."""
+        project = self._caller.project_id
+        root, _ = references.chain_of(self._session, self._settings, project, found, param=path)
+        if root.folder is not None:
+            check_base(root, spec, path)
+
+    def _check_source(self, spec: JobSpec, kind: str, value: str, path: str) -> None:
+        """A job that is named as an input must be of a kind that leaves one."""
+        if not value.startswith("job:") or "\0" in value:
+            return
+        source = repository.get(self._session, self._caller.project_id, value.removeprefix("job:"))
+        if source is None:
+            return
+        left = kinds.left_by(source.type, source.algorithm, source.resolved_spec)
+        kinds.check(spec, path, kind, value, left, source.type)
+
+    def _check_deployable(self, found: references.Resolved, path: str) -> None:
+        """An engine serves what lies here, and whole models only."""
+        if found.folder and inspect.looks_like_adapter(found.folder):
+            raise _unmerged(f"{path}: this is an adapter", path, f'"{found.pinned}"')
+        if found.hub is None:
+            return
+        rows = artifacts.page(self._session, self._caller.project_id, 1000, None, [Artifact.kind == "model"])
+        near = difflib.get_close_matches(found.hub, {row.name for row in rows}, 3)
+        raise BadRequest(
+            f"{path}: {found.hub} is no model of this service",
+            param=path,
+            code=Code.MODEL_NOT_FOUND,
+            hint="Import the model first" + (f"; registered names: {', '.join(near)}." if near else "."),
+        )
+
+    def _check_file(self, file_id: str, path: str) -> None:
+        if files.get(self._session, self._caller.project_id, file_id) is None:
+            raise NotFound(f"{path}: there is no file {file_id}", param=path, hint="Upload it first with POST /files.")
+
+
+def check_base(found: references.Resolved, spec: TrainSpec, path: str) -> None:
+    """What can be known of a local base before any GPU time: readable, unquantised, has the target modules."""
+    assert found.folder is not None
+    if inspect.looks_like_adapter(found.folder):
+        raise BadRequest(
+            f"{path}: this is an adapter whose base is not known here",
+            param=path,
+            code=Code.MODEL_INVALID,
+            hint="Merge it into its base first, and train on the merged model.",
+        )
+    config = inspect.read_json(found.folder / "config.json", path)
+    purpose = {"lora": "LoRA here", "qlora": "QLoRA (it quantises by itself)", "full": "full fine-tuning"}
+    inspect.check_unquantised(config, path, purpose[spec.model.method])
+    shapes = inspect.tensor_shapes(found.folder, path)
+    if spec.model.peft_config is not None:
+        targets = spec.model.peft_config.module_names()
+        if isinstance(targets, list):
+            inspect.check_targets(shapes, targets, "model.peft_config.target_modules")
+
+
+def check_reward(found: references.Resolved, path: str) -> None:
+    """A reward model ends in one number instead of a vocabulary."""
+    assert found.folder is not None
+    if inspect.looks_like_adapter(found.folder):
+        config = inspect.read_json(found.folder / "adapter_config.json", path)
+        judges = config.get("task_type") == "SEQ_CLS"
+    else:
+        names = inspect.read_json(found.folder / "config.json", path).get("architectures")
+        judges = isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
+    if not judges:
+        raise BadRequest(
+            f"{path}: this is no reward model",
+            param=path,
+            code=Code.WRONG_KIND,
+            hint="Train one first: type train, algorithm reward, on rows with chosen and rejected answers.",
+        )
+
+
+def check_adapter(found: references.Resolved, path: str) -> None:
+    """An adapter field must lead to an adapter."""
+    assert found.folder is not None
+    if not inspect.looks_like_adapter(found.folder):
+        raise BadRequest(
+            f"{path}: there is no adapter_config.json, so this is not an adapter",
+            param=path,
+            code=Code.ADAPTER_INVALID,
+            hint="Name the adapter that a LoRA or QLoRA run left.",
+        )
+
+
+def made_up_name(spec: JobSpec) -> str:
+    """What a spec calls itself, in the letters that a name may have, and today's date."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", spec.default_name()).lstrip("._-")
+    return f"{(plain or spec.type)[:54]}_{now():%Y%m%d}"
+
+
+def _unmerged(message: str, path: str, adapter: str) -> BadRequest:
+    return BadRequest(
+        message,
+        param=path,
+        code=Code.MODEL_INVALID,
+        hint=f'Merge it first: submit {{"type": "merge", "adapter": {adapter}}} and deploy its result.',
+    )
+
+
+def check_disk(settings: Settings) -> None:
+    """Refuses new work when the disk is nearly full. Raises InsufficientStorage."""
+    free = Storage(settings.data_dir).free_bytes()
+    if free < settings.min_free_bytes:
+        raise InsufficientStorage(
+            f"the disk has {free >> 20} MiB left; new work needs {settings.min_free_bytes >> 20} MiB",
+            hint="Free space in the data directory; jobs that run go on.",
+        )
+
+
+def sha256_of(value: Any) -> str:
+    """Fingerprint of a JSON value; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def set_at(target: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for step in parents:
+        target = target[step]
+    target[last] = value
