@@ -145,23 +145,22 @@ def test_preferences_become_a_served_model(client: Client, settings: Settings, t
     def train(algorithm: str, model: str, file_id: str, steps: int, **more: Any) -> dict[str, Any]:
         block = {"model_name_or_path": model, "peft_config": peft}
         training = {"max_steps": steps, "learning_rate": 5e-3}
-        body = {"type": "train", "algorithm": algorithm, "experiment_name": f"rlhf_{algorithm}", "model": block}
-        return client.submit({**body, "dataset": {"file": file_id}, "training": training, **more})
+        body = {"type": "train", "algorithm": algorithm, "model": block, "training": training}
+        return {**body, "dataset": {"file": file_id}, **more}
 
-    sft = train("sft", str(base), talks_id, 10)
-    reward = train("reward", f"job:{sft['id']}", pairs_id, 10, dataset={"file": pairs_id, "eval_file": pairs_id})
-    ppo = train(
-        "ppo",
-        f"job:{sft['id']}",
-        pairs_id,
-        2,
-        reward_model=f"job:{reward['id']}",
-        ppo={"response_length": 8},
-        then=["merge", "validate", "deploy"],
-    )
-    assert succeeded(client, reward)["result"]["eval_accuracy"] > 0.9
+    steps = {
+        "sft": train("sft", str(base), talks_id, 10),
+        "reward": train("reward", "job:sft", pairs_id, 10, dataset={"file": pairs_id, "eval_file": pairs_id}),
+        "ppo": train("ppo", "job:sft", pairs_id, 2, reward_model="job:reward", ppo={"response_length": 8}),
+        "merge": {"type": "merge", "adapter": "job:ppo"},
+        "validate": {"type": "validate", "model": "job:merge"},
+        "deploy": {"type": "deploy", "model": "job:merge", "name": "rlhf_ppo", "after": ["validate"]},
+    }
+    pipeline = client.call("POST", "/pipelines", json={"name": "rlhf", "jobs": steps})
+    after = {step["name"]: step["job"] for step in pipeline["steps"]}
+    ppo = after["ppo"]
+    assert succeeded(client, after["reward"])["result"]["eval_accuracy"] > 0.9
     assert succeeded(client, ppo)["result"]["steps"] == 2
-    after = {job["type"]: job for job in client.call("GET", "/jobs")["data"] if job["experiment_name"] == "rlhf_ppo"}
     certificate = succeeded(client, after["merge"])["result"]["certificate"]
     assert len(certificate["layers"]) == 1, "the sft adapter lies below"
     assert succeeded(client, after["validate"])["result"]["report"]["ok"]
