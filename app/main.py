@@ -25,6 +25,7 @@ from app.projects.service import KeyRing
 from app.queue import AnyDoorbell, SilentDoorbell
 from app.settings import Settings
 from app.storage import Storage
+from app.sweeps.router import router as sweeps
 
 DESCRIPTION = """\
 Fine-tune, merge, prove and serve language models on your own GPUs.
@@ -64,7 +65,7 @@ def create_app(settings: Settings | None = None, doorbell: AnyDoorbell | None = 
     app.state.stopping = False
     http.install(app)
     app.add_middleware(http.Guard, settings=settings)
-    for router in (jobs, pipelines, files, artifacts, deployments, fleet, openai, gateway):
+    for router in (jobs, pipelines, sweeps, files, artifacts, deployments, fleet, openai, gateway):
         app.include_router(router)
     _add_health(app)
     _add_schemas(app, rooms)

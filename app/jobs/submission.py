@@ -24,7 +24,7 @@ from app.jobs.intake import Intake, validate_spec
 from app.jobs.repository import Move
 from app.jobs.schemas import JobOut
 from app.jobs.show import show
-from app.models import Artifact, Job, JobDependency, PipelineStep, new_id, now
+from app.models import Artifact, Job, JobDependency, PipelineStep, SweepPoint, new_id, now
 from app.projects.caller import Caller
 from app.settings import Settings
 from app.specs import DeploySpec, JobSpec, TrainSpec
@@ -80,9 +80,12 @@ class Submission:
             if value.removeprefix("job:") in made:
                 set_at(submitted, path, f"job:{made[value.removeprefix('job:')]}")
         intake = validate_spec({**submitted, **named}, self._catalog)
-        new = self._add(intake.spec, submitted, waits, retry_of=job.id, pipeline_id=job.pipeline_id)
-        # A pipeline's step is its newest job.
+        new = self._add(
+            intake.spec, submitted, waits, retry_of=job.id, pipeline_id=job.pipeline_id, sweep_id=job.sweep_id
+        )
+        # A pipeline's step, and a sweep's point, is its newest job.
         self._session.execute(update(PipelineStep).where(PipelineStep.job_id == job.id).values(job_id=new.id))
+        self._session.execute(update(SweepPoint).where(SweepPoint.job_id == job.id).values(job_id=new.id))
         self._session.add_all(JobDependency(job_id=new.id, parent_id=parent) for parent in done)
         self._session.flush()
         return new
@@ -117,9 +120,11 @@ class Submission:
         )
         return show(self._session, self._caller.project_id, row.id) if row is not None else None
 
-    def add(self, intake: Intake, parents: list[str], pipeline_id: str) -> Job:
-        """One job of a pipeline, with its follow-ups and warnings."""
-        job = self._add(intake.spec, intake.submitted, parents, pipeline_id=pipeline_id)
+    def add(
+        self, intake: Intake, parents: list[str], *, pipeline_id: str | None = None, sweep_id: str | None = None
+    ) -> Job:
+        """One job of a pipeline or a sweep, with its follow-ups and warnings."""
+        job = self._add(intake.spec, intake.submitted, parents, pipeline_id=pipeline_id, sweep_id=sweep_id)
         for warning in intake.warnings:
             repository.note(self._session, job.id, Move(JobState.QUEUED, "spec_warning", warning, "warn"))
         if isinstance(intake.spec, TrainSpec):
@@ -149,6 +154,7 @@ class Submission:
         idem: tuple[str | None, str] = (None, ""),
         retry_of: str | None = None,
         pipeline_id: str | None = None,
+        sweep_id: str | None = None,
     ) -> Job:
         algorithm = spec.algorithm if isinstance(spec, TrainSpec) else None
         resolved = spec.model_dump(mode="json")
@@ -182,6 +188,7 @@ class Submission:
             idem_sha256=idem[1] or None,
             retry_of=retry_of,
             pipeline_id=pipeline_id,
+            sweep_id=sweep_id,
         )
         repository.add(self._session, job, sorted({*parents, *waits}))
         return job

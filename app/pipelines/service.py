@@ -141,7 +141,9 @@ def create(
         for path, (_, other) in step.named.items():
             set_at(body, path, f"job:{made[other]}")
         with _within(step.name):
-            job = submission.add(validate_spec(body, catalog), [made[other] for other in step.after], pipeline.id)
+            job = submission.add(
+                validate_spec(body, catalog), [made[other] for other in step.after], pipeline_id=pipeline.id
+            )
         made[step.name] = job.id
         session.add(PipelineStep(pipeline_id=pipeline.id, name=step.name, position=positions[step.name], job_id=job.id))
         session.flush()
