@@ -9,12 +9,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, DateTime, Dialect, Engine, create_engine, event
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import TimeoutError as DatabaseTimeout
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeDecorator
+
+from app.disk import Ballast
 
 # 3.7.0–3.51.2 have the WAL-reset race that can lose commits, except these two patched lines.
 _WAL_SAFE = (3, 51, 3)
@@ -45,6 +49,10 @@ class Database:
         self.engine = make_engine(url)
         self._writer = self.engine.execution_options(write=True)
         self._writers = threading.Lock()
+        file = self.engine.url.database if self.is_sqlite else None
+        self.ballast = Ballast(Path(file)) if file and file != ":memory:" else None
+        if self.ballast is not None:
+            event.listen(self.engine, "handle_error", self._on_error)
 
     @property
     def is_sqlite(self) -> bool:
@@ -78,13 +86,25 @@ class Database:
         if not self._writers.acquire(timeout=_PATIENCE):
             raise DatabaseTimeout("the database is busy with other writes of this process")
         try:
+            if self.ballast is not None:
+                self.ballast.yield_when_tight()
             yield
         finally:
             self._writers.release()
 
+    def _on_error(self, context: ExceptionContext) -> None:
+        """A write that did not fit all the same: with the ballast gone the next one does."""
+        if self.ballast is not None and is_full(context.original_exception):
+            self.ballast.give_up()
+
     def close(self) -> None:
         """Closes every pooled connection."""
         self.engine.dispose()
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether SQLite found no room."""
+    return isinstance(error, sqlite3.Error) and "database or disk is full" in str(error)
 
 
 def after_commit(session: Session, action: Callable[[], None]) -> None:

@@ -43,4 +43,6 @@ def readiness(settings: Settings, database: Database, doorbell: AnyDoorbell, *, 
         degraded.append("broker is unreachable")
     if Storage(settings.data_dir).free_bytes() < settings.min_free_bytes:
         degraded.append("disk is nearly full")
+    if settings.ballast_bytes and database.ballast is not None and not database.ballast.path.exists():
+        degraded.append("disk: the database's ballast is given up")
     return Readiness(ready=not reasons, reasons=reasons, degraded=degraded)

@@ -17,7 +17,16 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import AppError, BadRequest, Code, Conflict, TooLarge, Unavailable, UnsupportedMediaType
+from app.errors import (
+    AppError,
+    BadRequest,
+    Code,
+    Conflict,
+    InsufficientStorage,
+    TooLarge,
+    Unavailable,
+    UnsupportedMediaType,
+)
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -210,9 +219,7 @@ async def _database(_: Request, error: Exception) -> JSONResponse:
     cause = error.orig if isinstance(error, OperationalError) else error
     log.warning("database: %s", cause)
     if isinstance(cause, sqlite3.OperationalError) and "full" in str(cause):
-        problem: AppError = Unavailable("the disk is full", retry_after=30, code=Code.DISK_FULL)
-        problem.status = 507
-        return answer(problem)
+        return answer(InsufficientStorage("the disk is full", hint="Free space in the data directory, then try again."))
     return answer(Unavailable("the database does not answer right now", retry_after=2))
 
 

@@ -17,6 +17,7 @@ from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from app.artifacts.garbage import Collector
 from app.catalog import Catalog
 from app.crashpoints import reached
 from app.db import Database, after_commit
@@ -24,17 +25,19 @@ from app.deployments import repository as deployments
 from app.deployments import service
 from app.errors import AppError
 from app.fleet import repository as fleet
-from app.jobs import capacity, claims, deadlines, preemption, repository
+from app.jobs import capacity, claims, deadlines, preemption, repository, room
 from app.jobs.repository import Move
 from app.models import Deployment, Job, now
 from app.queue import AnyDoorbell
 from app.settings import Settings
 from app.specs import DeploySpec
 from app.states import DeploymentState, JobState
+from app.storage import Storage
 
 log = logging.getLogger(__name__)
 TICK = 1.0
 CONTROLLER = "reconciler"
+_COLLECT_SECONDS = 300.0
 
 
 @dataclass
@@ -75,6 +78,8 @@ class Reconciler(threading.Thread):
         self._last_reap: float | None = None
         self._next_ring = 0.0
         self._next_hold = 0.0
+        self._next_collect = 0.0
+        self._garbage = Collector(database, Storage(settings.data_dir))
         self._since: dict[str, tuple[int, float]] = {}
         self._delayed: dict[str, tuple[int, float]] = {}
 
@@ -104,6 +109,7 @@ class Reconciler(threading.Thread):
             self._hold()
             self._preempt()
             self._end_waits()
+            self._keep_room()
         self._deploy()
 
     def _ring(self) -> None:
@@ -191,6 +197,20 @@ class Reconciler(threading.Thread):
                 deadlines.give_up(session, job)
             deadlines.reset(session, over, None)
             deadlines.reset(session, far, wall)
+
+    def _keep_room(self) -> None:
+        """Ends holds for which there is room again, makes the ballast anew, collects what no row points to."""
+        if self._database.ballast is not None:
+            self._database.ballast.make(self._settings.ballast_bytes)
+        with self._database.read() as session:
+            held = room.held(session)
+        if held:
+            with self._database.write() as session:
+                after_commit(session, self._doorbell.ring)
+                room.release(session, self._settings)
+        if self._monotonic() >= self._next_collect:
+            self._next_collect = self._monotonic() + _COLLECT_SECONDS
+            self._garbage.collect(self._monotonic())
 
     def _recent(self) -> datetime:
         return self._wall() - timedelta(seconds=3 * self._settings.lease_seconds)

@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(2 << 30, gt=0, description="Largest file that can be uploaded.")
     max_body_bytes: int = Field(1 << 20, gt=0, description="Largest JSON or YAML body.")
     min_free_bytes: int = Field(1 << 30, ge=0, description="Below this much free disk, new work is refused with 507.")
+    disk_reserve_bytes: int | None = Field(
+        None, ge=0, description="Below this much free disk nothing starts; default 5 % of it, 2 GB at most."
+    )
     ballast_bytes: int = Field(64 << 20, ge=0, description="A file given up so that a full disk can still be said.")
     share_gpu: int = Field(1, ge=1, le=16, description="Jobs that may share a GPU when their estimates fit.")
     reserved_slots: int = Field(0, ge=0, le=1024, description="GPU slots of each worker that only engines may take.")

@@ -197,6 +197,7 @@ def settings(database_url: str, tmp_path: Path, run_dir: Path, models: Path) -> 
         model_roots=(models,),
         plugin_packages=("tests.plugs",),
         min_free_bytes=1 << 20,
+        ballast_bytes=0,
         max_body_bytes=64 << 10,
         max_upload_bytes=256 << 10,
         heartbeat_seconds=0.3,

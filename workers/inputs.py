@@ -12,20 +12,26 @@ from app.catalog import Catalog
 from app.errors import AppError, Code, RunError
 from app.models import Checkpoint, Job
 from app.settings import Settings
+from app.specs import JobSpec
 from app.storage import Storage
 
 
-def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Job) -> dict[str, Any]:
-    """What the runner needs to know. Raises RunError when an input is gone or the plug is unknown here."""
+def attempt_spec(catalog: Catalog, job: Job) -> JobSpec:
+    """The job's spec as this worker understands it. Raises RunError bad_spec."""
     spec_class = catalog.spec_class(job.type, job.algorithm)
     if spec_class is None:
         raise RunError(Code.BAD_SPEC, f"this worker does not know {job.algorithm or job.type}")
     try:
-        spec = spec_class.model_validate(job.resolved_spec)
+        return spec_class.model_validate(job.resolved_spec)
     except ValidationError as error:
         raise RunError(
             Code.BAD_SPEC, f"this worker cannot read the spec: {error}", hint="Are API and worker of one version?"
         ) from error
+
+
+def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Job) -> dict[str, Any]:
+    """What the runner needs to know. Raises RunError when an input is gone or the plug is unknown here."""
+    spec = attempt_spec(catalog, job)
     inputs: dict[str, dict[str, Any]] = {}
     for path, kind, value in references.references(spec):
         if kind == "file":

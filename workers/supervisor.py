@@ -14,7 +14,7 @@ from app.catalog import Catalog
 from app.crashpoints import reached
 from app.db import Database
 from app.errors import Code, RunError
-from app.jobs import repository
+from app.jobs import repository, room
 from app.jobs.placement import ON_A_GPU
 from app.jobs.room import Shortage, shortage
 from app.models import Checkpoint, Job
@@ -24,13 +24,15 @@ from app.settings import Settings
 from app.storage import Storage, write_private
 from workers.child import Child, environment, token_of
 from workers.context import ATTEMPT, PREPARED
-from workers.inputs import attempt_file, resume_point
+from workers.inputs import attempt_file, attempt_spec, resume_point
 from workers.ledger import Flags, Ledger, Line
 from workers.outcome import Outcome, Why
 
 _POLL = 0.1
 _WRITE_EVERY = 1.0
 _CANCEL_GRACE = 10.0
+DISK_SECONDS = 30.0
+"""Pause of a job that found no room on the disk; the reconciler ends it sooner when there is."""
 _ROOM = 3600.0  # the reconciler looks for room sooner
 STALL_SECONDS = 1800.0
 """Silence after which a training run counts as stuck, unless its limits say otherwise."""
@@ -79,6 +81,11 @@ class Supervision:
                     self.ledger.prepare_again(fault)
                     return
                 attempt["prepared_dir"] = str(self.house.storage.root / self.job.prepared_ref)
+            spec = attempt_spec(self.house.catalog, self.job)
+            missing = room.shortage(self.house.settings, spec, attempt["inputs"])
+            if missing is not None:
+                self.ledger.hold(room.DISK_FULL, missing.message, delay=DISK_SECONDS, needed_bytes=missing.needed)
+                return
             oom_kills = oom_kill_count()
             lack = self._shortage(attempt)
             if lack is not None:

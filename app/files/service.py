@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from sqlalchemy.orm import Session
 
+from app import disk
 from app.crashpoints import reached
 from app.documents import check_text
 from app.errors import BadRequest, Code, InsufficientStorage, NotFound, TooLarge
@@ -61,8 +62,17 @@ def received(upload: BinaryIO, filename: str, settings: Settings) -> Iterator[tu
             file.flush()
             os.fsync(file.fileno())
         yield path, digest.hexdigest()
+    except OSError as error:
+        raise _refused(error) from error
     finally:
         path.unlink(missing_ok=True)
+
+
+def _refused(error: OSError) -> Exception:
+    """A full disk as an answer that no client takes for an invitation to try again at once."""
+    if not disk.is_full(error):
+        return error
+    return InsufficientStorage("the disk has no room for the file", hint="Free space in the data directory.")
 
 
 def inspected(path: Path, purpose: str) -> rows.FileReport:

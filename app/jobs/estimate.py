@@ -66,7 +66,7 @@ def of_folder(spec: TrainSpec, folder: Path) -> float | None:
     training = spec.training
     tokens = training.per_device_train_batch_size * training.max_length * _SEQUENCES[spec.algorithm]
     width = 4 if spec.model.dtype == "float32" else 2
-    trained, adapter_inputs = _trained(spec, shapes)
+    parameters, adapter_inputs = trained(spec, shapes)
     layer = width * (12 * hidden + 4 * inner)
     # An adapter's input in float32, and a byte of mask for its dropout.
     adapters = 5.0 * adapter_inputs / layers
@@ -75,7 +75,7 @@ def of_folder(spec: TrainSpec, folder: Path) -> float | None:
     )
     total = (
         _weights(spec, shapes, width)
-        + trained * _TRAINED
+        + parameters * _TRAINED
         + tokens * kept
         + tokens * vocabulary * (12 if width == 4 else 10)
     )
@@ -95,7 +95,7 @@ def _weights(spec: TrainSpec, shapes: dict[str, list[int]], width: int) -> float
     )
 
 
-def _trained(spec: TrainSpec, shapes: dict[str, list[int]]) -> tuple[float, float]:
+def trained(spec: TrainSpec, shapes: dict[str, list[int]]) -> tuple[float, float]:
     """Parameters that are trained, and the widths of all adapters' inputs together."""
     peft = spec.model.peft_config
     if spec.model.method == "full" or peft is None:

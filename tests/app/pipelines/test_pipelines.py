@@ -58,7 +58,9 @@ def end(database: Database, job_id: str, to: JobState) -> None:
         session.get_one(Job, job_id).state = "running"
         session.get_one(Job, job_id).worker_id = "w"
         session.flush()
-        values = {"result": {}} if to is JobState.SUCCEEDED else {"error_code": "crashed", "error_detail": {"message": "x"}}
+        values = (
+            {"result": {}} if to is JobState.SUCCEEDED else {"error_code": "crashed", "error_detail": {"message": "x"}}
+        )
         assert repository.transition(session, job_id, JobState.RUNNING, Move(to, "x", "x", values=values))
 
 
@@ -68,12 +70,9 @@ def leave_an_adapter(database: Database, storage: Storage, job: dict[str, Any]) 
     with database.write() as session:
         facts = {"base": job["resolved_spec"]["model"]["model_name_or_path"]}
         project = session.get_one(Job, job["id"]).project_id
-        session.add(
-            Artifact(
-                id="art-1", project_id=project, job_id=job["id"], name="a", version=1, kind="adapter", bytes=1,
-                sha256="0", facts=facts,
-            )
-        )  # fmt: skip
+        row = Artifact(id="art-1", project_id=project, job_id=job["id"], name="a", version=1, kind="adapter")
+        row.bytes, row.sha256, row.facts = 1, "0", facts
+        session.add(row)
 
 
 def test_the_whole_line_in_one_post(api: TestClient, whole: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from app.jobs import room
+from app.models import JobEvent
 from app.processes import processes_with_token
 from tests.support import wait_for
 from tests.workers.supervision.conftest import Attempt, claim
@@ -108,3 +110,22 @@ def test_a_runner_ends_itself_when_its_supervisor_falls_silent(
     assert patience > 1.0
     assert (job.state, job.exit_code) in (("queued", -9), ("queued", 70))
     assert processes_with_token(attempt.token) == []
+
+
+def test_a_job_that_does_not_fit_on_the_disk_is_held_before_it_starts(
+    start: Callable[..., Attempt], house: House
+) -> None:
+    object.__setattr__(house, "settings", house.settings.model_copy(update={"disk_reserve_bytes": 1 << 60}))
+    attempt = start("ok")
+    job = attempt.end()
+    assert (job.state, job.hold_reason, job.attempt) == ("queued", "disk_full", 0)
+    assert not attempt.folder.exists()
+    with house.database.write() as session:
+        assert room.release(session, house.settings) == 0
+        assert room.release(session, house.settings.model_copy(update={"disk_reserve_bytes": 0})) == 0, (
+            "as it was asked"
+        )
+        session.get_one(JobEvent, (job.id, job.next_seq)).data = {"needed_bytes": 1}
+    with house.database.write() as session:
+        assert room.release(session, house.settings) == 1
+    assert attempt.row().hold_reason is None
