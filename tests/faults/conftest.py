@@ -31,6 +31,7 @@ class WorkerProcess:
             "TUNESMITH_HEARTBEAT_SECONDS": "0.3",
             "TUNESMITH_LEASE_SECONDS": "3",
             "TUNESMITH_GRACE_SECONDS": "10",
+            "TUNESMITH_BALLAST_BYTES": "0",
         }
         self.process: subprocess.Popen[bytes] | None = None
 
