@@ -11,7 +11,7 @@ from app.jobs.repository import Move
 from app.jobs.schemas import JobOut
 from app.jobs.show import existing, show
 from app.models import Job, JobDependency, now
-from app.states import JobState
+from app.states import TERMINAL, JobState
 
 _TRIES = 3
 Again = Callable[[Job, dict[str, str], list[str], list[str]], Job]
@@ -79,7 +79,9 @@ def resume(session: Session, project_id: str, job_id: str) -> JobOut:
         "Back in the queue.",
         values={"paused_at": None, "pause_requested_at": None, "not_before": None, "eligible_at": now()},
     )
-    if not repository.note(session, job_id, move, Job.paused_at.is_not(None) | Job.pause_requested_at.is_not(None)):
+    held = Job.paused_at.is_not(None) | Job.pause_requested_at.is_not(None)
+    # A run that ended while a pause was asked for has nothing to go on with.
+    if not repository.note(session, job_id, move, held, Job.state.not_in(TERMINAL)):
         raise Conflict(
             f"the job is {job.state}, not paused", param="job_id", hint="Only a paused job can be resumed; see retry."
         )

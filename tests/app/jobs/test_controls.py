@@ -168,3 +168,14 @@ def test_attempts_that_get_on_are_not_counted(submit: Any, claim: Any, ledger: A
         codes = [event.code for event in repository.events(session, job_id, 100, None, newest_first=False)]
     assert (row.state, row.error_code) == ("failed", "crash_loop")
     assert codes.count("runner_killed") == 6
+
+
+def test_a_run_that_failed_while_it_was_asked_to_pause_cannot_be_resumed(
+    api: TestClient, submit: Any, claim: Any, ledger: Any
+) -> None:
+    job_id = submit()
+    job = claim()
+    assert api.post(f"/jobs/{job_id}/pause").status_code == 202
+    assert ledger(job).crashed(Crash(3, "Exit 3."), "", again=False)
+    answer = api.post(f"/jobs/{job_id}/resume")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "wrong_state")
