@@ -186,6 +186,6 @@ def test_slots_that_engines_hold_do_not_become_free_by_themselves(
 def test_a_hold_of_another_kind_is_left_alone(api: TestClient, database: Database, tick: Callable[[], None]) -> None:
     job_id = api.post("/jobs", json={"type": "sleepy"}).json()["id"]
     with database.write() as session:
-        session.get_one(Job, job_id).hold_reason = "disk_full"
+        session.get_one(Job, job_id).hold_reason = "gated_model"
     tick()
-    assert hold_of(api, job_id) == "disk_full"
+    assert hold_of(api, job_id) == "gated_model"
