@@ -2,16 +2,24 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Files, not tests, go to the two processes: what a file sets up once is used by all its tests.
+PYTEST = $(BIN)/python -m pytest -ra -n $(JOBS) --dist loadfile
+JOBS ?= 2
+MINUTES ?= 10
+SEED ?= 1
 BENCHMARKS := $(sort $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check static bench locks clean
+.PHONY: help setup demo up test check static faults soak matrix bench locks clean
 
 help:
 	@echo "make demo        the main job end to end: fine-tune, merge, prove, serve, chat"
 	@echo "make up          the whole service in the foreground"
 	@echo "make test        every test that this machine can run in about 25 minutes"
 	@echo "make check       format, lint, types, import contracts, migrations, then the tests"
+	@echo "make faults      the whole fault campaign, with what it measured (ARGS=--quick: its short forms)"
+	@echo "make soak        a seeded soak of the whole service: MINUTES=10 SEED=1"
+	@echo "make matrix      one training step of every cell of GET /capabilities, on this machine"
 	@echo "make bench       every benchmark; make bench-NAME runs benchmarks/NAME.py"
 	@echo "make setup       .venv and .venv-serve from the locks (the others do it first; SERVE=0 leaves out .venv-serve)"
 	@echo "make locks       resolve the locks again from pyproject.toml"
@@ -31,7 +39,7 @@ up: setup
 	@$(BIN)/tunesmith up $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not long" -ra $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
 
 static: setup
 	$(BIN)/ruff format --check .
@@ -41,7 +49,16 @@ static: setup
 	$(BIN)/tunesmith migrate --check
 
 check: static
-	$(BIN)/python -m pytest -m "not long" -ra $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
+
+faults: setup
+	$(BIN)/python -m tests.faults.report $(ARGS)
+
+soak: setup
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) --seed $(SEED) $(ARGS)
+
+matrix: setup
+	$(PYTEST) tests/workers/recipes/test_matrix.py tests/workers/recipes/test_matrix_ranks.py $(ARGS)
 
 bench: setup
 	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done

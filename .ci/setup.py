@@ -126,7 +126,7 @@ class Environment:
         moved = made.exists() and made.read_text() != self.origin
         if self.folder.exists() and (moved or self.half_made.exists() or not os.access(self.python, os.X_OK)):
             say(f"{self.folder.name}: {'of another Python or place' if moved else 'left half-made'}, starting again")
-            shutil.rmtree(self.folder)
+            self.folder.unlink() if self.folder.is_symlink() else shutil.rmtree(self.folder)
         is_new = not self.folder.exists()
         self.folder.mkdir(exist_ok=True)
         self.half_made.touch()

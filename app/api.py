@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 
 import uvicorn
@@ -13,13 +15,13 @@ from app.broker import embedded_url
 from app.main import create_app
 from app.queue import Doorbell
 from app.reconciler import Reconciler
-from app.schema import require_head
+from app.schema import Unusable, require_head
 from app.settings import Settings
 from app.up import LISTEN_FD
 
 
 def application(settings: Settings) -> FastAPI:
-    """The app with a real doorbell and its reconciler. Raises WrongSchema."""
+    """The app with a real doorbell and its reconciler. Raises Unusable."""
     doorbell = Doorbell(settings.broker_url or embedded_url(settings))
     app = create_app(settings, doorbell)
     rooms = app.state.rooms
@@ -38,13 +40,35 @@ def application(settings: Settings) -> FastAPI:
     return app
 
 
+class Server(uvicorn.Server):
+    """Ends event streams as soon as it is told to stop: their clients come back, and the rest gets its 8 s."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Before anything else is waited for."""
+        self._app.state.stopping = True
+        await self._app.state.tailer.close()
+        await super().shutdown(sockets)
+
+
 def main() -> None:
-    """Serves until SIGTERM, on the socket that ``up`` hands down or on HOST and PORT."""
+    """Serves until SIGTERM, on the socket that ``up`` hands down or on HOST and PORT; exits with 0 then."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises the signal again once it has shut down, and the default would have the process die of it.
+        # By then all is put away; a plain exit would wait for threads that wait for a busy database.
+        signal.signal(number, lambda *_: os._exit(0))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     settings = Settings()
+    try:
+        app = application(settings)
+    except Unusable as error:
+        sys.exit(f"the API does not start: {error}")
     config = uvicorn.Config(
-        application(settings),
+        app,
         host=settings.host,
         port=settings.port,
         log_level="warning",
@@ -56,7 +80,7 @@ def main() -> None:
     sockets = None
     if fd := os.environ.pop(LISTEN_FD, None):
         sockets = [socket.socket(fileno=int(fd))]
-    uvicorn.Server(config).run(sockets)
+    Server(config, app).run(sockets)
 
 
 if __name__ == "__main__":

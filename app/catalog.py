@@ -1,13 +1,14 @@
-"""The socket: what recipes, merges, operations and engines plug into, and how they are found.
+"""The socket: what recipes, graders, merges, operations, trackers and engines plug into, and how they are found.
 
 One file in a package of ``Settings.plugin_packages`` is one plug. Its module level holds a pydantic spec and a
 function, so reading it costs no torch; the GPU stack is imported inside the function.
 """
 
 import importlib
+import importlib.util
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, TypeAdapter
 
-from app.specs import DeploymentOptions, DeploySpec, JobSpec, TrainSpec
+from app.grading import GraderSpec, Sample, Scoring, typed
+from app.specs import DeploymentOptions, DeploySpec, Dtype, JobSpec, TrainSpec
 
 SlotClass = Literal["train", "serve", "light"]
 ArtifactKind = Literal["adapter", "model", "reward", "report"]
+HealthStatus = Literal["ok", "warning", "failed"]
 
 
 class RunContext(Protocol):
@@ -34,6 +37,11 @@ class RunContext(Protocol):
     """Inputs made ready: ``prepare`` fills it, ``run`` reads it (committed and verified); None without that stage."""
     catalog: "Catalog"
     """All plugs, so that an operation can look up e.g. a merge method."""
+
+    @property
+    def kept_dir(self) -> Path:
+        """Outlives the attempt: parts that another attempt of this job can go on with; gone when the job has ended."""
+        ...
 
     def input(self, field: str) -> Path:
         """The local folder or file behind a reference field, e.g. ``model.model_name_or_path`` or ``dataset.file``.
@@ -54,6 +62,10 @@ class RunContext(Protocol):
         """One line in the job's history."""
         ...
 
+    def health(self, check: str, status: HealthStatus, message: str | None = None, **facts: Any) -> None:
+        """How the run fares in one respect: the job's ``health`` shows the last word of each check."""
+        ...
+
     def progress(self, step: int, total_steps: int, **values: float | None) -> None:
         """Where the run is: ``epoch, loss, tokens_per_second, eta_seconds`` (throttled; call it at every step)."""
         ...
@@ -62,11 +74,20 @@ class RunContext(Protocol):
         """Numbers of one logged step."""
         ...
 
-    def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float], *, keep: int | None = None) -> None:
+    def checkpoint(
+        self,
+        path: Path,
+        step: int,
+        metrics: Mapping[str, float],
+        *,
+        keep: int | None = None,
+        score: float | None = None,
+    ) -> None:
         """A complete checkpoint folder is on disk; it is committed while the run goes on, then older ones are thinned.
 
-        The two newest keep everything, of older ones the weights stay: of ``keep`` checkpoints in all, and of the one
-        with the lowest ``eval_loss``; None = of all.
+        The two newest keep everything, of older ones the weights stay: of ``keep`` checkpoints in all, and of the best
+        one; None = of all. The best has the lowest ``score``, which is ``eval_loss`` where none is given; infinite =
+        not measured.
         """
         ...
 
@@ -78,12 +99,24 @@ class RunContext(Protocol):
         """The run lives, though it has nothing to tell (loading, a long evaluation): resets the stall detector."""
         ...
 
+    def spent_seconds(self) -> float:
+        """Time that the job has spent in slots, over all attempts."""
+        ...
+
+    def memory_gb(self) -> float | None:
+        """What the run was estimated to need of one GPU, in 10⁹ bytes; None = not known."""
+        ...
+
     def stop_requested(self) -> bool:
         """True after SIGTERM: save a checkpoint and raise ``Interrupted``."""
         ...
 
     def output(self, kind: ArtifactKind, name: str | None = None, **facts: Any) -> Path:
         """A fresh folder that becomes an artifact when the run succeeds; ``facts`` travel with it (base_chain…)."""
+        ...
+
+    def written(self, path: Path, sha256: str) -> None:
+        """A file of an output is whole and on disk, and this is its hash: it is not read again to be published."""
         ...
 
     def result(self, **values: Any) -> None:
@@ -125,12 +158,104 @@ class Operation:
         return _literal(self.spec, "type")
 
 
+class Bench(Protocol):
+    """What a grader may use that is no pure function of its samples."""
+
+    ctx: RunContext
+    field: str
+    """Where the grader stands in the spec, e.g. ``graders.0``: ``ctx.input(f"{field}.model")`` is its model."""
+    device: str
+    dtype: Dtype
+    batch_size: int
+    """Answers that are judged at a time."""
+
+    def scoring(self, spec: GraderSpec, place: str) -> Scoring:
+        """Another grader, which stands at ``place`` within this one, e.g. ``graders.format``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Grader:
+    """One way to score answers: a pure function, or one that is made once for a run (``load``)."""
+
+    spec: type[GraderSpec]
+    grade: Callable[[Any, Sequence[Sample]], list[float]] | None = None
+    """``grade(spec, samples)``: one finite number for each sample; needs no torch."""
+    load: Callable[[Any, Bench], Scoring] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.grade is None) == (self.load is None):
+            raise CatalogError(f"{self.spec.__name__}: a grader has either grade or load")
+
+    @property
+    def name(self) -> str:
+        """The value of ``type``."""
+        return _literal(self.spec, "type")
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker may know of the job whose numbers it gets."""
+
+    job_id: str
+    service: str
+    """What the runs of this service belong to, where a tracker has projects."""
+    name: str
+    config: Mapping[str, Any]
+    """The spec with every default filled in."""
+    folder: Path
+    """Of the job, shared by its attempts; a tracker makes a folder of its own in it."""
+
+
+class Sink(Protocol):
+    """One attempt's numbers on their way into a tracker. May be slow, may raise: training does not notice."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one logged step, all finite."""
+        ...
+
+    def close(self, status: str, summary: Mapping[str, float | str]) -> None:
+        """The attempt is over: ``succeeded``, ``failed`` or ``interrupted`` (it goes on later)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """Somewhere else that the numbers of runs are sent to, in a process of its own."""
+
+    name: str
+    open: Callable[[TrackedRun], Sink]
+    needs: str | None = None
+    """The module that must be installed."""
+    variables: tuple[str, ...] = ()
+    """Beginnings of the environment variables that it reads; its process gets them, and no other one does."""
+
+    @property
+    def installed(self) -> bool:
+        """Whether this environment has what it needs."""
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
+
+
+MergeInput = Literal["adapter", "adapters", "models"]
+
+
 @dataclass(frozen=True)
 class MergeMethod:
-    """One way to turn a base and adapters into a model. ``run(spec, ctx)`` fills ``ctx.output("model")``."""
+    """One way to make a model of a base and adapters, or of models; ``run`` fills ``ctx.output("model")``."""
 
     name: str
     run: Callable[[Any, RunContext], None]
+    takes: tuple[MergeInput, ...] = ("adapter",)
+    """The fields of the spec that it merges, one of them at a time."""
+    uses: tuple[str, ...] = ()
+    """Of weights, density, majority_sign_method, svd_rank, t: those that mean something to it. With base_model, models
+    cannot be merged without one."""
+    equal_ranks: bool = False
+    """Whether adapters must have the same rank where they meet."""
+    exactly: int | None = None
+    """How many are merged; None = two or more."""
+    normalised: bool = False
+    """Whether weights are divided by their sum, which cannot be zero then."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +283,15 @@ class Engine:
     health_path: str = "/health"
 
 
-Plug = Recipe | Operation | MergeMethod | Engine
-PLUG_NAMES: dict[str, Any] = {"recipe": Recipe, "operation": Operation, "merge": MergeMethod, "engine": Engine}
+Plug = Recipe | Grader | Operation | Tracker | MergeMethod | Engine
+PLUG_NAMES: dict[str, Any] = {
+    "recipe": Recipe,
+    "grader": Grader,
+    "operation": Operation,
+    "tracker": Tracker,
+    "merge": MergeMethod,
+    "engine": Engine,
+}
 
 
 class CatalogError(Exception):
@@ -171,7 +303,9 @@ class Catalog:
     """Everything that was plugged in, by name."""
 
     recipes: dict[str, Recipe] = field(default_factory=dict)
+    graders: dict[str, Grader] = field(default_factory=dict)
     operations: dict[str, Operation] = field(default_factory=dict)
+    trackers: dict[str, Tracker] = field(default_factory=dict)
     merges: dict[str, MergeMethod] = field(default_factory=dict)
     engines: dict[str, Engine] = field(default_factory=dict)
 
@@ -222,7 +356,24 @@ def discover(packages: Iterable[str]) -> Catalog:
             if plug.name in shelf:
                 raise CatalogError(f"{module.__name__}: a {name} named {plug.name!r} is already plugged in")
             shelf[plug.name] = plug
+    _type_graders(catalog)
     return catalog
+
+
+def _type_graders(catalog: Catalog) -> None:
+    """Every place in a spec that takes graders takes exactly those that are plugged in.
+
+    A grader that is made of others takes those that are not.
+    """
+    simple = {name: plug.spec for name, plug in catalog.graders.items()}
+    whole = {name: typed(spec, simple) for name, spec in simple.items()}
+    simple = {name: spec for name, spec in simple.items() if whole[name] is spec}
+    shelves: list[dict[str, Any]] = [catalog.graders, catalog.recipes, catalog.operations]
+    choices = simple
+    for shelf in shelves:
+        for name, plug in shelf.items():
+            shelf[name] = replace(plug, spec=typed(plug.spec, choices))
+        choices = {name: plug.spec for name, plug in catalog.graders.items()}
 
 
 def _modules(package: str) -> Iterable[ModuleType]:
@@ -245,11 +396,12 @@ def _plug(module: ModuleType) -> tuple[str, Plug]:
         if isinstance(plug, kind):
             return name, plug
     raise CatalogError(
-        f"{module.__file__}: no plug; end the file with recipe = Recipe(…), operation = …, merge = … or engine = …"
+        f"{module.__file__}: no plug; end the file with recipe = Recipe(…), grader = …, operation = …, tracker = …,"
+        " merge = … or engine = …"
     )
 
 
-def _literal(spec: type[JobSpec], name: str) -> str:
+def _literal(spec: type[JobSpec] | type[GraderSpec], name: str) -> str:
     default = spec.model_fields[name].default
     if not isinstance(default, str):
         raise CatalogError(f"{spec.__name__}.{name} needs a Literal with a default")

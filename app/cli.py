@@ -2,7 +2,7 @@
 
 import typer
 
-from app.commands import data, demo, fleet, jobs, models, processes
+from app.commands import adapters, data, demo, diagnose, fleet, jobs, models, processes, train
 
 app = typer.Typer(
     name="tunesmith",
@@ -19,10 +19,13 @@ app.add_typer(jobs.group, name="jobs")
 app.add_typer(data.group, name="files")
 app.add_typer(models.group, name="deployments")
 app.command()(jobs.submit)
-app.command()(jobs.train)
-app.command()(jobs.merge)
-app.command()(jobs.validate)
-app.command("import")(jobs.import_model)
+app.command()(train.train)
+app.command()(adapters.merge)
+app.command()(adapters.check_adapter)
+app.command()(adapters.extract_adapter)
+app.command()(adapters.validate)
+app.command()(diagnose.diagnose)
+app.command("import")(adapters.import_model)
 app.command()(models.deploy)
 app.command()(models.chat)
 app.command()(fleet.workers)

@@ -28,6 +28,8 @@ class Client:
     def __init__(self, url: str, key: str) -> None:
         self.url = url.rstrip("/")
         self.key = key
+        self.embedded = False
+        """The service was started for this command, and ends with it."""
         self._http = httpx.Client(
             base_url=self.url,
             headers={"authorization": f"Bearer {key}"},
@@ -56,6 +58,10 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Closes its connections."""
+        self.close()
+
+    def close(self) -> None:
         """Closes its connections."""
         self._http.close()
 

@@ -33,6 +33,7 @@ POINTS = frozenset(
         "cancel.before_commit",
         "cancel.after_commit",
         "deploy.before_commit",
+        "migrate.revision",
         "migrate.after_upgrade",
         "upload.before_rename",
         "upload.after_rename",

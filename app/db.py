@@ -4,16 +4,19 @@ On SQLite every write transaction is ``BEGIN IMMEDIATE``: a deferred one that re
 SQLITE_BUSY_SNAPSHOT whatever the busy timeout says.
 """
 
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from sqlalchemy import Connection, DateTime, Dialect, Engine, create_engine, event
+from sqlalchemy import Connection, DateTime, Dialect, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.exc import TimeoutError as DatabaseTimeout
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeDecorator
@@ -50,14 +53,34 @@ class Database:
         self._writer = self.engine.execution_options(write=True)
         self._writers = threading.Lock()
         file = self.engine.url.database if self.is_sqlite else None
-        self.ballast = Ballast(Path(file)) if file and file != ":memory:" else None
-        if self.ballast is not None:
-            event.listen(self.engine, "handle_error", self._on_error)
+        self.file = Path(file) if file else None
+        self.ballast = Ballast(self.file) if self.file is not None else None
+        self.damaged = False
+        """Whether SQLite has said so; nothing that this process does makes it whole again."""
+        event.listen(self.engine, "handle_error", self._on_error)
 
     @property
     def is_sqlite(self) -> bool:
         """True on SQLite."""
         return self.engine.dialect.name == "sqlite"
+
+    @property
+    def missing(self) -> bool:
+        """Whether SQLite's file is not there."""
+        return self.file is not None and not self.file.exists()
+
+    @property
+    def writable(self) -> bool:
+        """Whether we may write SQLite's file and, for its journal, the folder."""
+        return self.file is None or (os.access(self.file, os.W_OK) and os.access(self.file.parent, os.W_OK))
+
+    def check(self) -> str | None:
+        """What SQLite finds wrong with its pages; None when all is well. Reads the whole file."""
+        if not self.is_sqlite:
+            return None
+        with self.engine.connect() as connection:
+            found = str(connection.execute(text("PRAGMA quick_check(1)")).scalar())
+        return None if found == "ok" else found
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -96,6 +119,7 @@ class Database:
         """A write that did not fit all the same: with the ballast gone the next one does."""
         if self.ballast is not None and is_full(context.original_exception):
             self.ballast.give_up()
+        self.damaged = self.damaged or is_damaged(context.original_exception)
 
     def close(self) -> None:
         """Closes every pooled connection."""
@@ -107,20 +131,77 @@ def is_full(error: BaseException | None) -> bool:
     return isinstance(error, sqlite3.Error) and "database or disk is full" in str(error)
 
 
+def was_full(error: BaseException | None) -> bool:
+    """Whether an error, or the one that it came of, says so: a full SQLite forgets its savepoints, too."""
+    while error is not None and not is_full(error):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def is_damaged(error: BaseException | None) -> bool:
+    """Whether SQLite found something else than a database."""
+    words = ("malformed", "not a database")
+    return isinstance(error, sqlite3.DatabaseError) and any(word in str(error) for word in words)
+
+
 def after_commit(session: Session, action: Callable[[], None]) -> None:
     """Runs ``action`` once the session's transaction is durable, never otherwise. The same action runs once."""
     actions: dict[Callable[[], None], None] = session.info.setdefault("after_commit", {})
     actions[action] = None
 
 
-def make_engine(url: str) -> Engine:
-    """An engine for SQLite or Postgres with the settings that our promises need."""
+def make_engine(url: str, *, create: bool = False) -> Engine:
+    """An engine for SQLite or Postgres with the settings that our promises need.
+
+    Only a migration may ``create`` SQLite's file: to anybody else a missing file is a fault, not an empty database.
+    """
     if url.startswith("sqlite"):
-        engine = create_engine(url, connect_args={"timeout": 10, "check_same_thread": False}, pool_size=20)
+        file = str(make_url(url).database)
+        engine = create_engine(url, creator=lambda: _open(file, create), pool_size=20)
         event.listen(engine, "connect", _sqlite_connect)
         event.listen(engine, "begin", _sqlite_begin)
+        _watch_file(engine, file)
         return engine
-    return create_engine(url, pool_size=10, max_overflow=20, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+    return create_engine(
+        url,
+        # Whatever the server's default is: each guard is one UPDATE that looks again once its row is free.
+        isolation_level="READ COMMITTED",
+        pool_size=10,
+        max_overflow=20,
+        pool_pre_ping=True,
+        connect_args={"connect_timeout": 5},
+    )
+
+
+def _open(file: str, create: bool) -> sqlite3.Connection:
+    mode = "rwc" if create else "rw"
+    return sqlite3.connect(f"file:{quote(file)}?mode={mode}", uri=True, timeout=10, check_same_thread=False)
+
+
+def _watch_file(engine: Engine, file: str) -> None:
+    """SQLite goes on in a file that was deleted or replaced, and nobody finds again what it writes there.
+
+    And a file that was opened without the right to write stays so when the right is there again.
+    """
+
+    def identity() -> tuple[int, int] | None:
+        with suppress(OSError):
+            found = os.stat(file)
+            return found.st_dev, found.st_ino
+        return None
+
+    def on_connect(_: Any, record: Any) -> None:
+        record.info["file"] = identity()
+        record.info["writable"] = os.access(file, os.W_OK)
+
+    def on_checkout(_: Any, record: Any, __: Any) -> None:
+        if record.info["file"] != identity():
+            raise DisconnectionError("the database file was deleted or replaced")
+        if not record.info["writable"] and os.access(file, os.W_OK):
+            raise DisconnectionError("the database file can be written again")
+
+    event.listen(engine, "connect", on_connect)
+    event.listen(engine, "checkout", on_checkout)
 
 
 def journal_mode(version: tuple[int, ...]) -> str:

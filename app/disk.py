@@ -8,23 +8,37 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
+import sys
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_WORDS = tuple(os.strerror(number) for number in _FULL)
+FEW_FILES = 64
+"""With fewer inodes than this left a file system counts as full."""
 _NEEDED_TO_WRITE = 1 << 20
 _BLOCK = bytes(1 << 20)
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, or the user's quota of it, is full."""
-    return isinstance(error, OSError) and error.errno in _FULL
+    """Whether an error, or what caused it, says that the disk, or the user's quota of it, is full."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    if any(words in str(error) for words in _WORDS):  # safetensors, say, has an exception of its own
+        return True
+    return error.__cause__ is not None and is_full(error.__cause__)
 
 
 def free_bytes(folder: Path) -> int:
-    """What may still be written on a folder's file system."""
-    return shutil.disk_usage(folder).free
+    """What may still be written on a folder's file system: nothing where no file can be made any more."""
+    found = os.statvfs(folder)
+    return 0 if free_files(folder) < FEW_FILES else found.f_bavail * found.f_frsize
+
+
+def free_files(folder: Path) -> int:
+    """How many files may still be made on a folder's file system; a large number where it knows no limit."""
+    found = os.statvfs(folder)
+    return found.f_favail if found.f_files else sys.maxsize
 
 
 class Ballast:

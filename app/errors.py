@@ -53,6 +53,8 @@ class Code(StrEnum):
     MODEL_NOT_READY = "model_not_ready"
     DISK_FULL = "disk_full"
     DATABASE_BUSY = "database_busy"
+    DATABASE_DAMAGED = "database_damaged"
+    STOPPING = "stopping"
     ENGINE_ERROR = "engine_error"
     INTERNAL_ERROR = "internal_error"
     # runs
@@ -62,6 +64,7 @@ class Code(StrEnum):
     NON_FINITE_WEIGHTS = "non_finite_weights"
     EFFECT_LOST = "effect_lost"
     VALIDATION_FAILED = "validation_failed"
+    GATE_NOT_PASSED = "gate_not_passed"
     OUT_OF_MEMORY = "oom"
     GATED_MODEL = "gated_model"
     CRASHED = "crashed"

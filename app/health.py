@@ -27,7 +27,9 @@ def readiness(settings: Settings, database: Database, doorbell: AnyDoorbell, *, 
     reasons = ["stopping"] if stopping else []
     degraded: list[str] = []
     try:
-        if not at_head(database):
+        if database.missing:
+            reasons.append("the database file is missing; run tunesmith migrate, or restore it from a backup")
+        elif not at_head(database):
             reasons.append("schema is not current; run tunesmith migrate")
         else:
             recent = now() - timedelta(seconds=3 * settings.lease_seconds)
@@ -39,8 +41,12 @@ def readiness(settings: Settings, database: Database, doorbell: AnyDoorbell, *, 
                 degraded.append("no worker")
     except SQLAlchemyError:
         reasons.append("database is unreachable")
-    if not doorbell.reachable:
-        degraded.append("broker is unreachable")
+    if database.damaged:
+        reasons.append("the database is damaged; restore it from a backup")
+    if not database.missing and not database.writable:
+        reasons.append("the database cannot be written")
+    if doorbell.complaint is not None:
+        degraded.append(doorbell.complaint)
     if Storage(settings.data_dir).free_bytes() < settings.min_free_bytes:
         degraded.append("disk is nearly full")
     if settings.ballast_bytes and database.ballast is not None and not database.ballast.path.exists():

@@ -1,8 +1,8 @@
 """What every request passes: size caps, a request id, and the one place where errors become answers."""
 
+import asyncio
 import logging
 import re
-import sqlite3
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DataError, IntegrityError, OperationalError
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as DatabaseTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import disk
+from app.db import is_damaged, was_full
 from app.errors import (
     AppError,
     BadRequest,
@@ -83,6 +85,10 @@ class Guard:
                 if started:
                     raise
                 problem = error
+            except asyncio.CancelledError:  # the service stops, and what this request waited for did not come in time
+                if started:
+                    raise
+                problem = Unavailable("the service is stopping", retry_after=5, code=Code.STOPPING)
         await answer(problem)(scope, receive, tagged)
 
     def _cap(self, path: str) -> int:
@@ -143,6 +149,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(OperationalError, _database)
+    app.add_exception_handler(DatabaseError, _broken_database)
+    app.add_exception_handler(OSError, _disk)
     app.add_exception_handler(DatabaseTimeout, _database)
     app.add_exception_handler(DataError, _data)
     app.add_exception_handler(IntegrityError, _integrity)
@@ -218,9 +226,27 @@ async def _database(_: Request, error: Exception) -> JSONResponse:
     """Busy, away or full. SQLAlchemy's own time-out is that of the pool and of the queue of SQLite's writers."""
     cause = error.orig if isinstance(error, OperationalError) else error
     log.warning("database: %s", cause)
-    if isinstance(cause, sqlite3.OperationalError) and "full" in str(cause):
+    if was_full(error):
         return answer(InsufficientStorage("the disk is full", hint="Free space in the data directory, then try again."))
     return answer(Unavailable("the database does not answer right now", retry_after=2))
+
+
+async def _broken_database(request: Request, error: Exception) -> JSONResponse:
+    """Damaged; or a statement of ours that no database would take."""
+    assert isinstance(error, DatabaseError)
+    if not is_damaged(error.orig):
+        return await _unexpected(request, error)
+    log.error("database: %s", error.orig)
+    hint = "The operator restores it from a backup (docs/operate.md)."
+    return answer(Unavailable("the database is damaged", retry_after=60, code=Code.DATABASE_DAMAGED, hint=hint))
+
+
+async def _disk(request: Request, error: Exception) -> JSONResponse:
+    """No room for a temporary file, say, while a body is read."""
+    if not disk.is_full(error):
+        return await _unexpected(request, error)
+    log.warning("the disk is full: %s", error)
+    return answer(InsufficientStorage("the disk is full", hint="Free space on it, then try again."))
 
 
 async def _data(_: Request, error: Exception) -> JSONResponse:

@@ -8,7 +8,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from app import apidocs, health, http
+from app.aliases.router import router as aliases
 from app.artifacts.router import router as artifacts
+from app.capabilities.router import router as capabilities
 from app.catalog import discover
 from app.db import Database
 from app.deployments.router import router as deployments
@@ -65,7 +67,8 @@ def create_app(settings: Settings | None = None, doorbell: AnyDoorbell | None = 
     app.state.stopping = False
     http.install(app)
     app.add_middleware(http.Guard, settings=settings)
-    for router in (jobs, pipelines, sweeps, files, artifacts, deployments, fleet, openai, gateway):
+    plugged = (jobs, pipelines, sweeps, files, artifacts, aliases, deployments, fleet, capabilities, openai, gateway)
+    for router in plugged:
         app.include_router(router)
     _add_health(app)
     _add_schemas(app, rooms)

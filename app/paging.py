@@ -18,6 +18,14 @@ class Page(BaseModel, Generic[T]):
     last_id: str | None
 
 
+class Deleted(BaseModel):
+    """Answer to a DELETE."""
+
+    id: str
+    object: str = Field(examples=["deployment"])
+    deleted: bool = True
+
+
 def page_of(rows: Sequence[T], limit: int, ids: Sequence[str]) -> Page[T]:
     """A page from up to ``limit + 1`` rows and their ids."""
     kept = ids[:limit]

@@ -26,6 +26,7 @@ TOKEN = "TUNESMITH_ATTEMPT"
 LIFE_FD = "TUNESMITH_LIFE_FD"
 PARENT_PID = "TUNESMITH_PARENT_PID"
 SILENCE = "TUNESMITH_SILENCE"
+SPARE = "spare"
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -126,6 +127,22 @@ def kill_holders(token: str) -> list[int]:
     return found
 
 
+def holders_of_file(path: Path) -> list[int]:
+    """Living processes, without the caller, that have the file open."""
+    return [pid for pid in _pids() if pid != os.getpid() and _has_open(pid, path)]
+
+
+def signal_holder_of_file(pid: int, path: Path, number: signal.Signals) -> None:
+    """Signals the process if it still has the file open."""
+    with contextlib.suppress(OSError):
+        fd = os.pidfd_open(pid)
+        try:
+            if _has_open(pid, path):
+                signal.pidfd_send_signal(fd, number)
+        finally:
+            os.close(fd)
+
+
 def kill_now(process: "subprocess.Popen[bytes]", token: str) -> bool:
     """One round of SIGKILL for the group and the token's holders; True when there was nobody left to kill."""
     group = _living_group(process, token)
@@ -185,6 +202,17 @@ def _has_token(pid: int, token: str) -> bool:
     return f"{TOKEN}={token}".encode() in environ.split(b"\0")
 
 
+def _has_open(pid: int, path: Path) -> bool:
+    folder = _PROC / str(pid) / "fd"
+    with contextlib.suppress(OSError):
+        wanted = path.stat()
+        for name in os.listdir(folder):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if os.path.samestat((folder / name).stat(), wanted):
+                    return True
+    return False
+
+
 def _living_group(process: "subprocess.Popen[bytes]", token: str) -> list[int]:
     """The group's processes that are no zombies, or [] when its number may have passed to somebody else.
 
@@ -227,8 +255,13 @@ def _kill_holder(pid: int, token: str) -> None:
 
 
 def processes_of_instance(instance: str) -> list[int]:
-    """Living processes of any attempt of an installation (``Settings.instance``)."""
+    """Living processes of an installation (``Settings.instance``): attempts, and runners that wait for one."""
     return [pid for pid in _pids() if _token_of(pid).startswith(f"{instance}:")]
+
+
+def processes_of_attempts(instance: str) -> list[int]:
+    """The same without the runners that wait for an attempt."""
+    return [pid for pid in processes_of_instance(instance) if not _token_of(pid).startswith(f"{instance}:{SPARE}:")]
 
 
 def kill_holders_of_slot(instance: str, slot_id: str) -> list[int]:

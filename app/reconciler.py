@@ -17,6 +17,7 @@ from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from app.artifacts import retention
 from app.artifacts.garbage import Collector
 from app.catalog import Catalog
 from app.crashpoints import reached
@@ -176,9 +177,12 @@ class Reconciler(threading.Thread):
             preemption.ask(session, boards, ran, self._settings.preempt_after_seconds, self._wall())
 
     def _end_waits(self) -> None:
-        """Fails jobs that found no slot in time; lets start what a clock that was set back would hold up."""
+        """Fails jobs that found no slot in time; lets start what a clock that was set back would hold up.
+
+        A stored time is never moved to where such a clock would have it: by every other clock that is too early.
+        """
         clock, wall = self._monotonic(), self._wall()
-        own = self._began[0] + timedelta(seconds=clock - self._began[1])
+        own = self._own()
         with self._database.read() as session:
             late = deadlines.overdue(session, min(own, wall))
             waiting = deadlines.delayed(session, wall)
@@ -188,15 +192,13 @@ class Reconciler(threading.Thread):
             for job in waiting
         }
         over = [job for job in waiting if clock - self._delayed[job.job_id][1] > job.delay_seconds + TICK]
-        far = [job for job in waiting if job not in over and deadlines.too_far(job, wall)]
-        if not (late or over or far):
+        if not (late or over):
             return
         with self._database.write() as session:
             after_commit(session, self._doorbell.ring)
             for job in late:
                 deadlines.give_up(session, job)
-            deadlines.reset(session, over, None)
-            deadlines.reset(session, far, wall)
+            deadlines.let_start(session, over)
 
     def _keep_room(self) -> None:
         """Ends holds for which there is room again, makes the ballast anew, collects what no row points to."""
@@ -211,9 +213,16 @@ class Reconciler(threading.Thread):
         if self._monotonic() >= self._next_collect:
             self._next_collect = self._monotonic() + _COLLECT_SECONDS
             self._garbage.collect(self._monotonic())
+            if (days := self._settings.checkpoint_days) is not None:
+                storage, clock = Storage(self._settings.data_dir), min(self._wall(), self._own())
+                retention.expire(self._database, storage, days, clock)
+
+    def _own(self) -> datetime:
+        """The wall clock as it would be had nobody set it since this process began."""
+        return self._began[0] + timedelta(seconds=self._monotonic() - self._began[1])
 
     def _recent(self) -> datetime:
-        return self._wall() - timedelta(seconds=3 * self._settings.lease_seconds)
+        return min(self._wall(), self._own()) - timedelta(seconds=3 * self._settings.lease_seconds)
 
     def _deploy(self) -> None:
         """Deploy jobs compute nothing, so no slot runs them: this step makes their deployment and watches it."""

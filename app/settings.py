@@ -16,9 +16,9 @@ SLOT_CLASSES = ("train", "serve", "light", "gpu")
 
 
 def _default_data_dir() -> Path:
-    """``./data`` in a checkout, the user's data folder for an installed wheel."""
+    """``./data`` of the checkout, wherever in it one stands; the user's data folder for an installed wheel."""
     if (PROJECT_ROOT / "pyproject.toml").is_file():
-        return Path("data")
+        return PROJECT_ROOT / "data"
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(base) / "tunesmith"
 
@@ -59,8 +59,17 @@ class Settings(BaseSettings):
         None, ge=0, description="Below this much free disk nothing starts; default 5 % of it, 2 GB at most."
     )
     ballast_bytes: int = Field(64 << 20, ge=0, description="A file given up so that a full disk can still be said.")
+    checkpoint_days: float | None = Field(
+        None,
+        gt=0,
+        le=36_500,
+        description="Days from a run's end until all checkpoints but its best go; default never.",
+    )
     share_gpu: int = Field(1, ge=1, le=16, description="Jobs that may share a GPU when their estimates fit.")
     reserved_slots: int = Field(0, ge=0, le=1024, description="GPU slots of each worker that only engines may take.")
+    warm_runners: int = Field(
+        1, ge=0, le=64, description="Runners that wait with their libraries imported, 350 MB each; 0 = none."
+    )
     preempt_after_seconds: float = Field(
         600.0, ge=0, description="A preemptible run is left alone for so long before another may take its slot."
     )
@@ -121,8 +130,8 @@ class Settings(BaseSettings):
     @property
     def packages(self) -> tuple[str, ...]:
         """Packages that hold plugs: ours, then the operator's."""
-        ours = ("workers.recipes", "workers.operations", "workers.merges", "workers.engines")
-        return (*ours, *self.plugin_packages)
+        ours = ("recipes", "graders", "operations", "trackers", "merges", "engines")
+        return (*(f"workers.{name}" for name in ours), *self.plugin_packages)
 
     @property
     def engine_python(self) -> Path | None:

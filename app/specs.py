@@ -6,43 +6,54 @@ Field names are those of the guide's ``config.yaml``, of peft's ``LoraConfig`` a
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-Name = Annotated[str, Field(pattern=NAME_PATTERN, description="Letters, digits, dot, dash, underscore; at most 63.")]
+from app.blocks import (
+    MODEL_GRAMMAR,
+    NAME_PATTERN,
+    AdapterRef,
+    Dtype,
+    FileRef,
+    ModelRef,
+    Name,
+    RefTo,
+    RewardRef,
+    Spec,
+    conflict,
+)
+from app.peft import PEFT_PRESETS, PeftBlock, QuantizationBlock, check_quantised, check_reference
+from app.training import Better, DatasetBlock, EarlyStopping, TrainingBlock
 
-
-class RefTo:
-    """Marks a string field that points to a model, an adapter or a file, so that the service can resolve it."""
-
-    def __init__(self, kind: Literal["model", "adapter", "reward", "file"]) -> None:
-        self.kind = kind
-
-
-MODEL_GRAMMAR = "artifact:<id>, job:<id>, hub:<repo>[@rev], a path, a registered name[:vN], or a hub id"
-ModelRef = Annotated[str, RefTo("model"), Field(min_length=1, max_length=512, description=f"A model: {MODEL_GRAMMAR}.")]
-AdapterRef = Annotated[
-    str, RefTo("adapter"), Field(min_length=1, max_length=512, description=f"An adapter: {MODEL_GRAMMAR}.")
+__all__ = [
+    "MODEL_GRAMMAR",
+    "NAME_PATTERN",
+    "AdapterRef",
+    "Better",
+    "DatasetBlock",
+    "DeploySpec",
+    "DeploymentOptions",
+    "Dtype",
+    "EarlyStopping",
+    "FileRef",
+    "FollowUp",
+    "JobSpec",
+    "Limits",
+    "ModelBlock",
+    "ModelRef",
+    "Name",
+    "PEFT_PRESETS",
+    "PeftBlock",
+    "QuantizationBlock",
+    "RefTo",
+    "Resources",
+    "RetryPolicy",
+    "RewardRef",
+    "ServeSpec",
+    "Spec",
+    "TrainSpec",
+    "TrainingBlock",
+    "conflict",
 ]
-FileRef = Annotated[str, RefTo("file"), Field(min_length=1, max_length=128, description="Id of an uploaded file.")]
-Dtype = Literal["float32", "float16", "bfloat16"]
-
-
-def conflict(field: str, message: str, hint: str) -> PydanticCustomError:
-    """What a cross-field rule raises: which field is at fault, and what to do."""
-    return PydanticCustomError("conflict", "{reason}", {"field": field, "reason": message, "hint": hint})
-
-
-class Spec(BaseModel):
-    """A part of a spec: strict types, no unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-    # Older names that still work: {old: new}. Accepted without effect, and refused with the field to use instead.
-    aliases: ClassVar[dict[str, str]] = {}
-    ignored: ClassVar[frozenset[str]] = frozenset()
-    refused: ClassVar[dict[str, str]] = {}
 
 
 class Resources(Spec):
@@ -89,77 +100,12 @@ class JobSpec(Spec):
     limits: Limits = Field(default_factory=Limits)
     retry: RetryPolicy = Field(default_factory=RetryPolicy)
     preemptible: bool = Field(False, description="A job of higher priority may pause this one and take its slot.")
+    takes_adapters: ClassVar[bool] = False
+    """Whether a model field may lead to an adapter."""
 
     def default_name(self) -> str:
         """The experiment name for a spec that gives none (a date is appended by the service)."""
         return self.type
-
-
-TARGET_PRESETS = {
-    "minimal": ["q_proj", "v_proj"],
-    "standard": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "full": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
-PEFT_PRESETS: dict[str, dict[str, int | float]] = {
-    "conservative": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1},
-    "balanced": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1},
-    "aggressive": {"r": 32, "lora_alpha": 64, "lora_dropout": 0.05},
-}
-
-
-class PeftBlock(Spec):
-    """The guide's ``peft_config``: the fields of peft's ``LoraConfig``."""
-
-    preset: Literal["conservative", "balanced", "aggressive"] | None = Field(
-        None, description="r/alpha/dropout 8/16/0.1, 16/32/0.1 or 32/64/0.05; fields given beside it win."
-    )
-    r: int = Field(16, ge=1, le=512, description="Rank of the adapter.")
-    lora_alpha: int | None = Field(None, ge=1, le=4096, description="Scale; default 2 r.")
-    lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: list[Annotated[str, Field(min_length=1, max_length=128)]] | str = Field(
-        "standard", description='Module names, or "all-linear", or a preset: minimal, standard, full.'
-    )
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too.")
-    use_rslora: bool = Field(False, description="Scale by alpha/sqrt(r) (rank-stabilised LoRA).")
-    use_dora: bool = Field(False, description="Weight-decomposed LoRA.")
-    modules_to_save: list[str] | None = Field(None, description="Modules trained and stored whole.")
-    task_type: Literal["CAUSAL_LM"] = Field("CAUSAL_LM", description="As in peft; only CAUSAL_LM.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_preset(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("preset") in PEFT_PRESETS:
-            return {**PEFT_PRESETS[data["preset"]], **data}
-        return data
-
-    @model_validator(mode="after")
-    def _fill(self) -> Self:
-        if self.lora_alpha is None:
-            self.lora_alpha = 2 * self.r
-        if isinstance(self.target_modules, list) and not self.target_modules:
-            raise conflict("target_modules", "target_modules is empty", "Name at least one module, or use 'standard'.")
-        if isinstance(self.target_modules, str) and self.target_modules not in (*TARGET_PRESETS, "all-linear"):
-            raise conflict(
-                "target_modules",
-                f"target_modules does not take {self.target_modules!r}",
-                "Give a list of module names, or 'all-linear', 'minimal', 'standard' or 'full'.",
-            )
-        return self
-
-    def module_names(self) -> list[str] | Literal["all-linear"]:
-        """The presets spelled out, as peft takes them."""
-        if isinstance(self.target_modules, str):
-            return "all-linear" if self.target_modules == "all-linear" else TARGET_PRESETS[self.target_modules]
-        return self.target_modules
-
-
-class QuantizationBlock(Spec):
-    """The guide's ``quantization_config``: present means QLoRA (bitsandbytes, 4 bit)."""
-
-    load_in_4bit: Literal[True] = Field(True, description="QLoRA is 4 bit.")
-    bnb_4bit_compute_dtype: Dtype = Field("bfloat16", description="Replaced by float32 where the hardware lacks it.")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    bnb_4bit_use_double_quant: bool = True
 
 
 class ModelBlock(Spec):
@@ -172,6 +118,9 @@ class ModelBlock(Spec):
     quantization_config: QuantizationBlock | None = None
     dtype: Dtype | None = Field(
         None, description="Compute dtype; default by hardware (bfloat16 where it is fast, else float32)."
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="auto = flash attention on a GPU where it is installed, else SDPA."
     )
     aliases: ClassVar[dict[str, str]] = {"torch_dtype": "dtype"}
 
@@ -192,89 +141,16 @@ class ModelBlock(Spec):
                 )
         elif self.peft_config is None:
             self.peft_config = PeftBlock()
+        if self.peft_config is not None and self.quantization_config is not None:
+            check_quantised(self.peft_config)
         return self
 
     @property
-    def method(self) -> Literal["lora", "qlora", "full"]:
-        """How the weights are trained."""
-        if not self.use_peft:
+    def method(self) -> str:
+        """How the weights are trained: full, or lora, rslora, dora, pissa, olora; qlora, qdora … on a 4-bit base."""
+        if self.peft_config is None:
             return "full"
-        return "qlora" if self.quantization_config else "lora"
-
-
-class DatasetBlock(Spec):
-    """Which uploaded file to learn from."""
-
-    file: FileRef
-    eval_file: FileRef | None = Field(None, description="Held-out rows; loss is measured on them.")
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "preference", "prompt"] = Field(
-        "auto", description="Shape of a row; auto looks at the fields."
-    )
-
-
-class TrainingBlock(Spec):
-    """Names and meaning of transformers' ``TrainingArguments`` (and trl's ``SFTConfig`` for ``max_length``)."""
-
-    max_steps: int | None = Field(None, ge=1, le=10_000_000, description="Stop after so many optimizer steps.")
-    num_train_epochs: float = Field(3.0, gt=0, le=1000, description="Passes over the data, unless max_steps is set.")
-    per_device_train_batch_size: int = Field(8, ge=1, le=4096)
-    per_device_eval_batch_size: int = Field(8, ge=1, le=4096)
-    gradient_accumulation_steps: int = Field(1, ge=1, le=4096)
-    learning_rate: float | None = Field(
-        None, gt=0, le=10, description="Peak rate; default 2e-4 for LoRA and QLoRA, 2e-5 for full."
-    )
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
-        "linear"
-    )
-    warmup_steps: float = Field(0.0, ge=0, le=1_000_000, description="Steps, or below 1 a share of all steps.")
-    weight_decay: float = Field(0.0, ge=0, le=10)
-    max_grad_norm: float = Field(1.0, ge=0, le=1000)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0, le=1)
-    max_length: int = Field(
-        1024, ge=8, le=1_048_576, description="Longest row in tokens; the rest is cut, and counted."
-    )
-    gradient_checkpointing: bool = Field(False, description="Less memory, about a third more time.")
-    logging_steps: int = Field(1, ge=1, le=1_000_000)
-    eval_strategy: Literal["no", "steps", "epoch"] = "no"
-    eval_steps: int | None = Field(None, ge=1, le=10_000_000)
-    save_steps: int = Field(500, ge=1, le=10_000_000, description="A checkpoint every so many steps.")
-    save_total_limit: int | None = Field(
-        None,
-        ge=1,
-        le=1000,
-        description="Checkpoints that stay. Default 2 for a full fine-tune; the adapters of PEFT runs all stay.",
-    )
-    checkpoint_seconds: float = Field(
-        300.0, gt=0, le=86_400, description="A checkpoint at least so often, unless writing takes over 2 % of the time."
-    )
-    seed: int = Field(42, ge=0, le=2_147_483_647)
-
-    aliases: ClassVar[dict[str, str]] = {
-        "evaluation_strategy": "eval_strategy",
-        "warmup_ratio": "warmup_steps",
-        "max_seq_length": "max_length",
-    }
-    ignored: ClassVar[frozenset[str]] = frozenset(
-        {"output_dir", "overwrite_output_dir", "logging_dir", "save_safetensors", "run_name", "group_by_length"}
-    )
-    refused: ClassVar[dict[str, str]] = {
-        "push_to_hub": "submit a job of type push_to_hub afterwards",
-        "hub_model_id": "submit a job of type push_to_hub afterwards",
-        "hub_token": "submit a job of type push_to_hub afterwards; tokens never stand in a spec",
-        "hub_strategy": "submit a job of type push_to_hub afterwards",
-        "hub_private_repo": "submit a job of type push_to_hub afterwards",
-        "resume_from_checkpoint": "an interrupted job resumes by itself",
-        "deepspeed": "leave it out; the service decides how a job is spread",
-        "fsdp_config": "leave it out; the service decides how a job is spread",
-    }
-
-    @model_validator(mode="after")
-    def _eval_every(self) -> Self:
-        if self.eval_strategy == "steps" and self.eval_steps is None:
-            raise conflict("eval_steps", "eval_strategy 'steps' needs eval_steps", "Add eval_steps, e.g. 50.")
-        return self
+        return ("q" if self.quantization_config else "") + self.peft_config.variant
 
 
 FollowUp = Literal["merge", "validate", "deploy"]
@@ -291,15 +167,142 @@ class TrainSpec(JobSpec):
     then: list[FollowUp] = Field(
         default_factory=list, max_length=3, description="Follow-ups, each a job of its own, in this order."
     )
+    from_checkpoint: str | None = Field(
+        None,
+        max_length=64,
+        description="Goes on from this checkpoint (`ftckpt-…`) of a run of the same algorithm, model and dataset.",
+    )
+    trackers: list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]] = Field(
+        default_factory=list,
+        max_length=8,
+        description="Where else the run's numbers go, of those that GET /capabilities lists as installed.",
+    )
     learning_rates: ClassVar[tuple[float, float]] = (2e-4, 2e-5)
     """Defaults with an adapter, and in full."""
+    eval_metrics: ClassVar[dict[str, Better]] = {"eval_loss": "lower"}
+    """Numbers of an evaluation that runs can be compared by, and which way is better; the first is the default."""
+    takes_adapters: ClassVar[bool] = True
+    shards: ClassVar[bool] = False
+    """Whether the recipe can train weights that lie in parts on several GPUs (FSDP)."""
+    several: ClassVar[bool] = True
+    """Whether the recipe can be run by several processes at once, a GPU each."""
+    judged: ClassVar[bool] = False
+    """Whether answers are judged, by ``reward_model`` or by ``graders``: one of the two is needed."""
+    smallest: ClassVar[dict[str, Any]] = {}
+    """What the smallest spec says beside ``model`` and ``dataset``; GET /capabilities tries what goes with it."""
+    needs_template: ClassVar[bool] = False
+    """Whether conversations can be learnt through the model's chat template alone."""
+    packs: ClassVar[bool] = False
+    """Whether several rows can share a block."""
+    offloads: ClassVar[bool] = False
+    """Whether activations can wait in the host's memory."""
+    by_trainer: ClassVar[bool] = True
+    """Whether transformers' trainer runs it, with its optimizers and kernels."""
+    needs_reference: ClassVar[bool] = False
+    """Whether the model without its adapter is what the run compares itself with."""
+
+    @property
+    def spread(self) -> Literal["alone", "ddp", "fsdp"]:
+        """How the run lies on its GPUs."""
+        if self.resources.gpus < 2:
+            return "alone"
+        if self.training.parallelism == "auto":
+            return "fsdp" if self.shards and self.model.method == "full" else "ddp"
+        return self.training.parallelism
 
     @model_validator(mode="after")
-    def _fill_learning_rate(self) -> Self:
+    def _check_parallelism(self) -> Self:
+        field, kind = "training.parallelism", self.training.parallelism
+        if self.resources.gpus > 1 and not self.several:
+            raise conflict("resources.gpus", f"{self.algorithm} runs on one GPU", "Set resources.gpus to 1.")
+        if kind != "auto" and self.resources.gpus < 2:
+            raise conflict(field, f"{kind} spreads a run over several GPUs", "Set resources.gpus to 2 or more.")
+        if kind == "fsdp" and not self.shards:
+            raise conflict(field, f"{self.algorithm} needs the whole model on each GPU", "Use ddp, or leave it out.")
+        if kind == "fsdp" and self.model.quantization_config is not None:
+            raise conflict(field, "4-bit weights cannot be cut into parts here", "Use ddp, or LoRA without 4 bit.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_speed(self) -> Self:
+        block = self.training
+        wrong = {
+            "packing": block.packing is True and not self.packs,
+            "activation_offloading": block.activation_offloading and not self.offloads,
+        }
+        for name in () if self.by_trainer else ("optim", "use_liger_kernel", "torch_compile"):
+            wrong[name] = getattr(block, name) != TrainingBlock.model_fields[name].default
+        for name in (name for name, is_wrong in wrong.items() if is_wrong):
+            raise conflict(f"training.{name}", f"{self.algorithm} cannot make use of {name}", f"Leave {name} out.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> Self:
+        if self.needs_reference and self.model.peft_config is not None:
+            check_reference(self.model.peft_config, self.algorithm)
+        return self
+
+    @model_validator(mode="after")
+    def _fill_by_method(self) -> Self:
+        whole = self.model.method == "full"
         if self.training.learning_rate is None:
             adapter, full = self.learning_rates
-            self.training.learning_rate = full if self.model.method == "full" else adapter
+            self.training.learning_rate = full if whole else adapter
+        if self.training.save_total_limit is None and whole:
+            self.training.save_total_limit = 2
         return self
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> Self:
+        dataset, training = self.dataset, self.training
+        if dataset.eval_file and dataset.eval_split:
+            raise conflict(
+                "dataset.eval_split", "the held-out rows come from eval_file or from a split, not both", "Keep one."
+            )
+        if training.eval_strategy != "no" and not (dataset.eval_file or dataset.eval_split):
+            raise conflict(
+                "dataset.eval_file",
+                "there are no held-out rows to evaluate on",
+                "Add dataset.eval_file, or dataset.eval_split: 0.05.",
+            )
+        if training.eval_strategy == "no" and (training.early_stopping or training.load_best_model_at_end):
+            wanting = "early_stopping" if training.early_stopping else "load_best_model_at_end"
+            raise conflict("training.eval_steps", f"{wanting} needs evaluations", "Add training.eval_steps, e.g. 50.")
+        if training.max_seconds and self.limits.wall_seconds and training.max_seconds >= self.limits.wall_seconds:
+            raise conflict(
+                "training.max_seconds",
+                "limits.wall_seconds would fail the job before training.max_seconds ends it well",
+                "Make limits.wall_seconds longer by what saving takes, or leave it out.",
+            )
+        self._choose_metric()
+        return self
+
+    def _choose_metric(self) -> None:
+        training, stopping = self.training, self.training.early_stopping
+        asked = {
+            name: metric if metric.startswith("eval_") else f"eval_{metric}"
+            for name, metric in (
+                ("early_stopping.metric", stopping.metric if stopping else None),
+                ("metric_for_best_model", training.metric_for_best_model),
+            )
+            if metric is not None
+        }
+        for name, metric in asked.items():
+            if metric not in self.eval_metrics:
+                known = ", ".join(self.eval_metrics)
+                raise conflict(f"training.{name}", f"{self.algorithm} measures no {metric}", f"One of: {known}.")
+        if len(set(asked.values())) > 1:
+            raise conflict(
+                "training.early_stopping.metric",
+                "early_stopping.metric and metric_for_best_model name two metrics",
+                "Keep one of them.",
+            )
+        chosen = next(iter(asked.values()), next(iter(self.eval_metrics)))
+        training.metric_for_best_model = chosen
+        if stopping:
+            stopping.metric = chosen
+        if training.load_best_model_at_end is None:
+            training.load_best_model_at_end = stopping is not None
 
     @model_validator(mode="after")
     def _check_then(self) -> Self:

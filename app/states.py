@@ -72,6 +72,9 @@ DEPLOYMENT_MOVES: dict[DeploymentState, frozenset[DeploymentState]] = {
     DeploymentState.FAILED: frozenset(),
 }
 
+DEPLOYMENT_LIVE = frozenset(state for state, moves in DEPLOYMENT_MOVES.items() if moves)
+"""Reachable by its name, or about to be."""
+
 # How a runner ends when it leaves no result.json, and what an attempt's exit status says (sysexits(3) where it fits).
 DISK_FULL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT})
 EXIT_DONE = 0

@@ -13,13 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app import disk
 from app.crashpoints import reached
 from app.errors import Code, RunError
 
 MANIFEST = "MANIFEST.json"
 COMPLETE = "COMPLETE.json"
+CERTIFICATE = "certificate.json"
+# In a job's folder, beside its attempts: what one of them left for the next.
+KEPT = "kept"
 # What a run needs to go on and nobody else looks at; names in a checkpoint begin so.
-TRAINER_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "trainer_state")
+TRAINER_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "trainer_state", "run_state")
 _CHUNK = 4 << 20
 
 
@@ -53,8 +57,12 @@ class Storage:
         """An uploaded file's bytes."""
         return self.root / "files" / file_id
 
-    def publish(self, source: Path, artifact_id: str, facts: Mapping[str, Any]) -> Published:
+    def publish(
+        self, source: Path, artifact_id: str, facts: Mapping[str, Any], hashed: Mapping[str, str] | None = None
+    ) -> Published:
         """Moves ``source`` to its place as an artifact, durably and all at once.
+
+        ``hashed``: sha256 of files that are on disk already and were hashed as they were written.
 
         Raises RunError (storage_error) when the folder is empty or holds anything but regular files.
         """
@@ -62,10 +70,9 @@ class Storage:
         for path in _regular_files(source):
             if path.parent == source and path.name in (MANIFEST, COMPLETE):
                 continue  # of an artifact that this one is a copy of; ours is written over it
-            entries[path.relative_to(source).as_posix()] = {
-                "bytes": path.stat().st_size,
-                "sha256": _hash_and_sync(path),
-            }
+            name = path.relative_to(source).as_posix()
+            digest = (hashed or {}).get(name) or _hash_and_sync(path)
+            entries[name] = {"bytes": path.stat().st_size, "sha256": digest}
         if not entries:
             raise RunError(Code.STORAGE_ERROR, f"the run left nothing in {source.name}")
         reached("publish.before_manifest")
@@ -81,15 +88,24 @@ class Storage:
         sync_dir(target.parent)
         return Published(sum(entry["bytes"] for entry in entries.values()), hashlib.sha256(manifest).hexdigest())
 
-    def verify(self, artifact_id: str) -> list[str]:
-        """Names of files that are missing or differ from the manifest."""
+    def remove_artifact(self, artifact_id: str) -> None:
+        """Deletes an artifact's bytes, when its row is gone. What cannot be deleted now is left to the collector."""
+        shutil.rmtree(self.artifact_dir(artifact_id), ignore_errors=True)
+
+    def verify(self, artifact_id: str, *, read: bool = True) -> list[str]:
+        """Names of files that are missing or differ from the manifest; without ``read`` by their sizes alone."""
         folder = self.artifact_dir(artifact_id)
         entries = json.loads((folder / MANIFEST).read_bytes())["files"]
-        return [name for name, entry in entries.items() if not _is_whole(folder / name, entry)]
+        return [name for name, entry in entries.items() if not _is_whole(folder / name, entry, read=read)]
 
     @staticmethod
-    def commit_checkpoint(folder: Path, step: int, metrics: Mapping[str, float | None] | None = None) -> int:
-        """Makes a checkpoint durable and says so in COMPLETE.json, written last. Returns its size in bytes."""
+    def commit_checkpoint(
+        folder: Path, step: int, metrics: Mapping[str, float | None] | None = None, score: float | None = None
+    ) -> int:
+        """Makes a checkpoint durable and says so in COMPLETE.json, written last. Returns its size in bytes.
+
+        ``score``: by which checkpoints are compared; lower is better, None = not measured.
+        """
         entries: dict[str, dict[str, Any]] = {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash_and_sync(path)}
             for path in _regular_files(folder)
@@ -99,7 +115,13 @@ class Storage:
             sync_dir(inner)
         sync_dir(folder)
         reached("checkpoint.before_complete")
-        record = {"step": step, "files": entries, "metrics": dict(metrics or {}), "resumable": True}
+        record = {
+            "step": step,
+            "files": entries,
+            "metrics": dict(metrics or {}),
+            "score": score,
+            "resumable": True,
+        }
         write_private(folder / COMPLETE, json.dumps(record, sort_keys=True).encode())
         sync_dir(folder)
         sync_dir(folder.parent)
@@ -144,7 +166,7 @@ class Storage:
 
     def free_bytes(self) -> int:
         """Room left for new work."""
-        return shutil.disk_usage(self.root).free
+        return disk.free_bytes(self.root)
 
 
 def sha256_of(path: Path) -> str:
@@ -189,8 +211,9 @@ def _hash_and_sync(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_whole(path: Path, entry: Mapping[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["bytes"] and bool(sha256_of(path) == entry["sha256"])
+def _is_whole(path: Path, entry: Mapping[str, Any], *, read: bool = True) -> bool:
+    sized = path.is_file() and path.stat().st_size == entry["bytes"]
+    return sized and (not read or bool(sha256_of(path) == entry["sha256"]))
 
 
 def _regular_files(folder: Path) -> Iterator[Path]:

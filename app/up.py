@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import IO, Any
 
-from app.broker import embedded_command, embedded_url, wait_until_ready
+from app.broker import NoBroker, embedded_command, embedded_url, last_words, only_server, wait_until_ready
 from app.processes import die_with_parent
 from app.projects.bootstrap import ensure_first_key
 from app.schema import upgrade
@@ -56,6 +56,10 @@ class DataDirLock:
         self._file.close()
 
 
+def _anywhere(deaths: int) -> contextlib.AbstractContextManager[tuple[int, ...]]:
+    return contextlib.nullcontext(())
+
+
 @dataclass
 class Part:
     """One child: how to start it, and what became of it."""
@@ -64,6 +68,8 @@ class Part:
     command: list[str]
     environment: dict[str, str]
     pass_fds: tuple[int, ...] = ()
+    room: Callable[[int], contextlib.AbstractContextManager[tuple[int, ...]]] = _anywhere
+    """Around a start, with how often it died lately; what it yields is inherited too."""
     process: "subprocess.Popen[bytes] | None" = None
     deaths: int = 0
     started: float = 0.0
@@ -71,15 +77,25 @@ class Part:
 
     def start(self) -> None:
         """A session of its own, so that Ctrl-C reaches only us; SIGKILL for it if we die."""
-        self.process = subprocess.Popen(
-            self.command,
-            env=self.environment,
-            pass_fds=self.pass_fds,
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=die_with_parent,
-        )
         self.started = time.monotonic()
+        with self.room(self.deaths) as fds:
+            self.process = subprocess.Popen(
+                self.command,
+                env=self.environment,
+                pass_fds=(*self.pass_fds, *fds),
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=die_with_parent,
+            )
+
+    def died(self) -> float:
+        """Notes a death, or a start that failed; seconds until the next start."""
+        now = time.monotonic()
+        self.deaths = 0 if now - self.started > _STEADY else self.deaths
+        delay = BACKOFF[min(self.deaths, len(BACKOFF) - 1)]
+        self.deaths += 1
+        self.process, self.again_at = None, now + delay
+        return delay
 
     def stop(self, seconds: float) -> None:
         """SIGTERM, patience, SIGKILL."""
@@ -121,7 +137,7 @@ class Service:
         ]
         if settings.broker_url is None:
             plain = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-            self._parts.insert(0, Part("broker", embedded_command(settings), plain))
+            self._parts.insert(0, Part("broker", embedded_command(settings), plain, room=self._broker_room))
 
     def run(self) -> int:
         """Blocks until SIGINT, SIGTERM or SIGHUP; leaves nothing running."""
@@ -141,28 +157,44 @@ class Service:
     def _begin(self) -> None:
         upgrade(self.settings)
         key_file = ensure_first_key(self.settings, self._say)
+        if self.settings.broker_url is not None:
+            wait_until_ready(self._broker_url, 20)
         for part in self._parts:
             part.start()
             if part.name == "broker":
-                wait_until_ready(self._broker_url, 20)
-        if self.settings.broker_url is not None:
-            wait_until_ready(self._broker_url, 20)
+                self._await_broker(part)
         about = {"url": self.url, "pid": os.getpid(), "key_file": str(key_file)}
         write_private(self.settings.data_dir / RUN_FILE, json.dumps(about).encode())
         self._say(f"Tunesmith is up at {self.url} (docs at {self.url}/docs); the API key lies in {key_file}")
 
+    def _broker_room(self, deaths: int) -> contextlib.AbstractContextManager[tuple[int, ...]]:
+        return only_server(self.settings, self._say, afresh=deaths > 1)
+
+    def _await_broker(self, part: Part) -> None:
+        """A Valkey that ends at once gets a second try, without what its predecessor left. Raises NoBroker."""
+        while True:
+            try:
+                return wait_until_ready(self._broker_url, 20, part.process)
+            except NoBroker as error:
+                said = f"{error}: {last_words(self.settings)}"
+                if part.deaths or part.process is None or part.process.poll() is None:
+                    raise NoBroker(said) from error
+                self._say(f"{said}; it starts again, empty")
+                part.deaths = 2
+                part.start()
+
     def _look_after(self) -> None:
-        now = time.monotonic()
         for part in self._parts:
             process = part.process
             if process is not None and process.poll() is not None:
-                part.deaths = 0 if now - part.started > _STEADY else part.deaths
-                delay = BACKOFF[min(part.deaths, len(BACKOFF) - 1)]
-                part.deaths += 1
-                part.process, part.again_at = None, now + delay
+                delay = part.died()
                 self._say(f"the {part.name} ended (status {process.returncode}); it starts again in {delay:g} s")
-            elif process is None and now >= part.again_at:
-                part.start()
+            elif process is None and time.monotonic() >= part.again_at:
+                try:
+                    part.start()
+                except (NoBroker, OSError) as error:
+                    delay = part.died()
+                    self._say(f"the {part.name} does not start: {error}; it is tried again in {delay:g} s")
 
     def _end(self) -> None:
         """API first, so that nothing new comes in; then the worker with its grace; then the broker."""

@@ -1,16 +1,16 @@
 """What share of a slot's time is training that counts, when the run is killed again and again.
 
 Starts a real worker on a data directory of its own, trains a tiny model, and kills its runner (kill -9) every
-``--interval`` seconds. Useful is the time of the steps that a committed checkpoint kept; held is the time from each
-claim to the moment that the slot lets go. What lies between: starting the runner, steps that were lost, writing
-checkpoints, and noticing the death. The cells that would take hours are worked out from what the short ones measured,
-and say so.
+``--interval`` seconds. Useful is the time of the steps that a committed checkpoint kept, at the pace of the steps
+around them; held is the time from each claim to the moment that the slot lets go. What lies between: starting the
+runner, steps that were lost, writing checkpoints, and noticing the death. The cells that would take hours are worked
+out from what the short ones measured, and say so.
 
     make bench-goodput                      or: .venv/bin/python benchmarks/goodput.py --interval 60 --kills 2 --json
 """
 
 import argparse
-import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi.testclient import TestClient
 from rich.console import Console
@@ -46,9 +46,8 @@ from tests.workers.conftest import conversation, make_model  # noqa: E402
 
 TEN_MINUTES = 600.0
 SHARE = 0.02
-# Whether this version keeps a runner ready that has imported its libraries; without it there are no warm cells.
-HAS_WARM = importlib.util.find_spec("workers.warm") is not None
-WARM_SWITCH = "TUNESMITH_WARM_RUNNER"
+AROUND = 60
+"""Lines of progress, of which there are two a second."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,13 @@ class Attempt:
     first_step: float
     killed: float
     released: float
-    steps_kept: int
     steps_lost: int
+    useful: float
+    """Time of the steps that a checkpoint kept, at the pace of the steps around them."""
+    lost: float
+    """Time since the newest checkpoint."""
     pace: float
-    """Seconds a step: the median over the attempt, which leaves out the steps that waited for a checkpoint."""
+    """Seconds a step: the median over the attempt."""
 
     @property
     def start(self) -> float:
@@ -80,11 +82,6 @@ class Attempt:
     def noticed(self) -> float:
         """From the kill to the moment that the slot lets go."""
         return self.released - self.killed
-
-    @property
-    def useful(self) -> float:
-        """Time of the steps that a checkpoint kept."""
-        return self.steps_kept * self.pace
 
     @property
     def held(self) -> float:
@@ -107,7 +104,7 @@ def installation(folder: Path, *, warm: bool) -> Iterator[tuple[Settings, TestCl
         "TUNESMITH_MODEL_ROOTS": str(models),
         "TUNESMITH_SLOTS": "train:1,light:1",
         "TUNESMITH_MIN_FREE_BYTES": "0",
-        WARM_SWITCH: "true" if warm else "false",
+        "TUNESMITH_WARM_RUNNERS": "1" if warm else "0",
     }
     with (folder / "log").open("wb") as log:
         broker = subprocess.Popen(embedded_command(settings), stdout=log, stderr=log)
@@ -215,12 +212,39 @@ def _attempt(journal: Path, claimed: float, killed: float, released: float, kept
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     imported = next(line["t"] for line in lines if line["kind"] == "phase")
     steps = [(line["t"], line["step"]) for line in lines if line["kind"] == "progress"]
-    paces = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in zip(steps, steps[1:], strict=False)]
-    pace = statistics.median(paces)
+    spans = [Span(b[0], b[0] - a[0], b[1] - a[1], b[1]) for a, b in itertools.pairwise(steps)]
+    pace = statistics.median(span.pace for span in spans)
     before = steps[0][1] - 1
+    kept = max(kept or before, before)
     last = steps[-1][1] + int((killed - steps[-1][0]) / pace)  # progress is told twice a second
-    kept_steps = max(0, (kept or before) - before)
-    return Attempt(claimed, imported, steps[0][0], killed, released, kept_steps, last - before - kept_steps, pace)
+    kept_at = next((span.end for span in reversed(spans) if span.step <= kept), steps[0][0])
+    useful = (pace if kept > before else 0.0) + sum(seconds for span, seconds in usual(spans) if span.step <= kept)
+    return Attempt(claimed, imported, steps[0][0], killed, released, last - kept, useful, killed - kept_at, pace)
+
+
+class Span(NamedTuple):
+    """From one line of progress to the next: when it ended, seconds, steps, and the step that was reached."""
+
+    end: float
+    seconds: float
+    steps: int
+    step: int
+
+    @property
+    def pace(self) -> float:
+        """Seconds a step."""
+        return self.seconds / self.steps
+
+
+def usual(spans: list[Span]) -> Iterator[tuple[Span, float]]:
+    """Each span with what it would have taken at the pace around it, at most what it took.
+
+    The pace around it is the median of the half minute before and after: a span that waited for a checkpoint is longer,
+    and what it took more is not useful. The machine's own pace may change over ten minutes.
+    """
+    for place, span in enumerate(spans):
+        around = spans[max(0, place - AROUND) : place + AROUND + 1]
+        yield span, min(span.seconds, span.steps * statistics.median(one.pace for one in around))
 
 
 def cell(interval: float, kills: int, checkpoint_seconds: float, *, warm: bool) -> dict[str, Any]:
@@ -250,32 +274,30 @@ def cell(interval: float, kills: int, checkpoint_seconds: float, *, warm: bool) 
         "between_attempts_seconds": [
             round(later.claimed - earlier.released, 2) for earlier, later in zip(found, found[1:], strict=False)
         ],
-        "lost_seconds": [round(item.steps_lost * item.pace, 2) for item in found],
+        "lost_seconds": [round(item.lost, 2) for item in found],
         "lost_steps": [item.steps_lost for item in found],
         "step_ms": [round(1000 * item.pace, 2) for item in found],
-        # What steps took beyond their pace: waiting for checkpoints, and whatever else slowed some of them.
+        # What steps took beyond the pace around them: mostly waiting for checkpoints.
         "slow_share": round(
             statistics.mean(
-                1 - (item.steps_kept + item.steps_lost) * item.pace / (item.killed - item.first_step) for item in found
+                1 - (item.useful + item.lost) / (item.killed - item.first_step + item.pace) for item in found
             ),
             4,
         ),
     }
 
 
-def worked_out(measured: dict[str, Any], checkpoint_seconds: float, *, without_imports: bool = False) -> dict[str, Any]:
+def worked_out(measured: dict[str, Any], checkpoint_seconds: float) -> dict[str, Any]:
     """Kills every ten minutes: restart as measured; on average half an interval between checkpoints is lost.
 
-    Writing checkpoints is charged with 2 %, the most that the run allows itself. ``without_imports``: as if a runner
-    had had its libraries.
+    Writing checkpoints is charged with 2 %, the most that the run allows itself.
     """
     # The first attempt's start also warms the disk's caches.
-    starts = measured["start_after_imports_seconds" if without_imports else "start_seconds"]
-    starts = starts[1:] or starts
+    starts = measured["start_seconds"][1:] or measured["start_seconds"]
     restart = statistics.mean(starts) + statistics.mean(measured["noticed_seconds"])
     share = (TEN_MINUTES - restart - checkpoint_seconds / 2) * (1 - SHARE) / TEN_MINUTES
     return {
-        "runner": "cold, less its imports" if without_imports else measured["runner"],
+        "runner": measured["runner"],
         "checkpoint_seconds": checkpoint_seconds,
         "restart_seconds": round(restart, 2),
         "goodput": round(share, 4),
@@ -292,10 +314,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     kinds = [True, False] if arguments.runner == "both" else [arguments.runner == "warm"]
-    if not HAS_WARM:
-        if arguments.runner == "warm":
-            sys.exit("this version has no warm runner")
-        kinds = [False]
     measured = [
         cell(arguments.interval, arguments.kills, seconds, warm=warm)
         for warm in kinds
@@ -303,8 +321,6 @@ def main() -> None:
     ]
     first = {item["runner"]: item for item in reversed(measured)}
     ten_minutes = [worked_out(item, seconds) for item in first.values() for seconds in (20.0, 300.0)]
-    if not HAS_WARM:
-        ten_minutes += [worked_out(first["cold"], seconds, without_imports=True) for seconds in (20.0, 300.0)]
     found = {"measured": measured, "every_ten_minutes": ten_minutes, "load": os.getloadavg(), "cpus": os.cpu_count()}
     if arguments.json:
         print(json.dumps(found, indent=2))

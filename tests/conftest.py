@@ -32,6 +32,11 @@ LOCAL_POSTGRES = ("postgresql://root@127.0.0.1:5432/postgres", "postgresql://pos
 LOCAL_REDIS = "redis://127.0.0.1:6379/9"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For ``make faults``: where the bounds that were measured are written, a JSON object a line."""
+    parser.addoption("--measured", default=None, help="append what the fault tests measured to this file")
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an operator has set on this machine changes no test."""

@@ -56,7 +56,7 @@ def test_every_command_that_a_page_names_exists(page: Path) -> None:
     commands = root.commands  # type: ignore[attr-defined]
     code = re.findall(r"```bash\n(.*?)```|`([^`\n]+)`", page.read_text(), re.DOTALL)
     for text in ("\n".join(parts) for parts in code):
-        for name, rest in re.findall(r"(?:^|/|\s)tunesmith ([a-z]+)((?: [^\n#`|]+)?)", text):
+        for name, rest in re.findall(r"(?:^|/|\s)tunesmith ([a-z-]+)((?: [^\n#`|]+)?)", text):
             assert name in commands, f"tunesmith {name}"
             group = getattr(commands[name], "commands", None)
             words = rest.split()

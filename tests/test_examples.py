@@ -7,10 +7,12 @@ import pytest
 
 from app.catalog import discover
 from app.files import rows
+from app.grading import Sample
 from app.jobs.intake import read_document, read_spec
 from app.pipelines.service import read
 from app.settings import Settings
 from app.specs import TrainSpec
+from workers.loading.judging import check_row
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PIPELINE = EXAMPLES / "pipeline.yaml"
@@ -19,6 +21,25 @@ SPECS = sorted({*EXAMPLES.glob("*.yaml")} - {PIPELINE})
 
 def test_there_is_an_example_of_each_method() -> None:
     assert {path.name for path in SPECS} >= {"sft_lora.yaml", "sft_qlora.yaml", "sft_full.yaml", "merge.yaml"}
+    catalog = discover(Settings().packages)
+    assert {path.stem.split("_")[0] for path in SPECS} >= catalog.recipes.keys(), "an algorithm without an example"
+
+
+def test_there_is_an_example_of_graders_and_of_trackers() -> None:
+    specs = [read_spec(path.read_bytes(), "application/yaml", discover(Settings().packages)).spec for path in SPECS]
+    for field in ("graders", "trackers", "reward_model"):
+        assert any(getattr(spec, field, None) for spec in specs), field
+
+
+def test_what_graders_read_stands_in_every_row() -> None:
+    catalog = discover(Settings().packages)
+    for path in SPECS:
+        spec = read_spec(path.read_bytes(), "application/yaml", catalog).spec
+        graders = getattr(spec, "graders", None)
+        if graders is None or not isinstance(spec, TrainSpec):
+            continue
+        for row, turns in rows.read_asked(EXAMPLES / spec.dataset.file, spec.dataset.format):
+            assert check_row(graders, catalog, Sample("", row.value or {}, turns)) is None, (path.name, row.place)
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
@@ -26,7 +47,7 @@ def test_a_spec_is_accepted_without_a_warning(path: Path) -> None:
     intake = read_spec(path.read_bytes(), "application/yaml", discover(Settings().packages))
     assert intake.warnings == []
     if isinstance(intake.spec, TrainSpec):
-        assert path.stem == f"{intake.spec.algorithm}_{intake.spec.model.method}"
+        assert path.stem.startswith(f"{intake.spec.algorithm}_{intake.spec.model.method}")
         report = rows.check(EXAMPLES / intake.spec.dataset.file)
         assert report.ok, report.problems
 

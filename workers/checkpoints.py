@@ -6,7 +6,7 @@ The two newest can be resumed. Of an older one the weights stay; optimizer, sche
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,20 @@ class Committed:
     fence: int
     step: int
     resumable: bool
-    eval_loss: float | None
+    score: float | None
 
 
-def best_of(losses: Sequence[tuple[int, float | None]]) -> int | None:
-    """The step with the lowest held-out loss, the earliest of equals; None where none was measured."""
-    measured = [(loss, step) for step, loss in losses if loss is not None]
+def best_of(scores: Sequence[tuple[int, float | None]]) -> int | None:
+    """The step with the lowest score, the earliest of equals; None where none was measured."""
+    measured = [(score, step) for step, score in scores if score is not None]
     return min(measured)[1] if measured else None
+
+
+def score_of(record: Mapping[str, Any]) -> float | None:
+    """What a checkpoint is compared by, from its record or the line that announces it; lower is better."""
+    metrics = record.get("metrics")
+    value = record.get("score", metrics.get("eval_loss") if isinstance(metrics, dict) else None)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def committed(job_dir: Path, fence: int) -> list[Committed]:
@@ -44,7 +51,7 @@ def committed(job_dir: Path, fence: int) -> list[Committed]:
 def rotate(job_dir: Path, fence: int, keep: int | None) -> None:
     """Called by an attempt right after it committed a checkpoint: lets go of what nobody needs any more.
 
-    ``keep``: how many stay, never fewer than two, and the one with the lowest held-out loss besides; None = all.
+    ``keep``: how many stay, never fewer than two, and the best one besides; None = all.
     Of earlier attempts also goes what was never committed, what this one has written anew, and their scratch space.
     """
     found = committed(job_dir, fence)
@@ -54,10 +61,8 @@ def rotate(job_dir: Path, fence: int, keep: int | None) -> None:
     for _, folder in _folders(job_dir, fence - 1):
         if folder not in known:
             shutil.rmtree(folder, ignore_errors=True)
-    for _, attempt in _attempts(job_dir, fence - 1):
-        for scratch in (attempt / "work", *attempt.glob("out*.tmp")):
-            shutil.rmtree(scratch, ignore_errors=True)
-    best = best_of([(item.step, item.eval_loss) for item in found])
+    clear_scratch(job_dir, fence - 1)
+    best = best_of([(item.step, item.score) for item in found])
     rank = 0
     floors: dict[int, int] = {}
     for item in found:
@@ -74,6 +79,31 @@ def rotate(job_dir: Path, fence: int, keep: int | None) -> None:
             Storage.drop_trainer_state(item.folder)  # a crash may have left some
 
 
+def clear_scratch(job_dir: Path, fence: int) -> None:
+    """Deletes what an attempt and those before it were still working at: nobody can go on with it."""
+    for _, attempt in _attempts(job_dir, fence):
+        for scratch in (attempt / "work", *attempt.glob("out*.tmp")):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def unheard(job_dir: Path, fence: int, known: Collection[Path]) -> list[dict[str, Any]]:
+    """Checkpoints of earlier attempts that are not ``known``, as the lines that announced them, oldest first.
+
+    Whoever should have heard of them died; and the run may have rotated away all those that are known.
+    """
+    return [
+        {
+            "kind": "checkpoint",
+            "path": str(item.folder),
+            "step": item.step,
+            "bytes": sum(entry["bytes"] for entry in record.get("files", {}).values()),
+            **{name: record[name] for name in ("metrics", "score") if name in record},
+        }
+        for item in reversed(committed(job_dir, fence))
+        if item.folder not in known and (record := Storage.checkpoint_record(item.folder))
+    ]
+
+
 def _remove(folder: Path) -> None:
     # First what makes it count, so that a half-deleted folder is never taken for a checkpoint.
     (folder / COMPLETE).unlink(missing_ok=True)
@@ -83,7 +113,7 @@ def _remove(folder: Path) -> None:
 def _attempts(job_dir: Path, fence: int) -> list[tuple[int, Path]]:
     return [
         (number, attempt)
-        for attempt in job_dir.iterdir()
+        for attempt in (job_dir.iterdir() if job_dir.is_dir() else ())
         if (match := _ATTEMPT.fullmatch(attempt.name)) and (number := int(match[1])) <= fence
     ]
 
@@ -100,8 +130,7 @@ def _folders(job_dir: Path, fence: int) -> list[tuple[int, Path]]:
 def _read(folder: Path) -> Committed | None:
     try:
         record: dict[str, Any] = json.loads((folder / COMPLETE).read_bytes())
-        loss = record.get("metrics", {}).get("eval_loss")
         fence = int(folder.parent.parent.name[1:])
-        return Committed(folder, fence, int(record["step"]), record.get("resumable", True) is True, loss)
+        return Committed(folder, fence, int(record["step"]), record.get("resumable", True) is True, score_of(record))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -1,6 +1,7 @@
 """A process of an attempt: how it is started, heard, and ended."""
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from app.settings import Settings
 from workers.context import EVENTS, LOG
 from workers.journal import Tail
 from workers.ledger import Line
+from workers.warm import Spare, hand_over
 
+log = logging.getLogger(__name__)
 PASSED_ON = (
     "PATH",
     "HOME",
@@ -36,28 +39,37 @@ TICK_SECONDS = 0.5
 class Child:
     """A process of an attempt: its life pipe, its log, its journal."""
 
-    def __init__(self, module: str, folder: Path, token: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, module: str, folder: Path, token: str, environment: Mapping[str, str], spare: Spare | None = None
+    ) -> None:
         self.folder = folder
         self.token = token
         self.tail = Tail(folder / EVENTS)
-        read_end, self._life = os.pipe()
+        if spare is not None and hand_over(spare, folder, token, _differing(environment)):
+            self.process, self._life = spare.process, spare.life
+        else:
+            self.process, self._life = self._spawn(module, environment)
+        self._closed = threading.Event()
+        self._ticking = threading.Thread(target=self._tick, name="tick", daemon=True)
+        self._ticking.start()
+
+    def _spawn(self, module: str, environment: Mapping[str, str]) -> "tuple[subprocess.Popen[bytes], int]":
         # A file, not a pipe, takes the output: the end of this process neither blocks nor breaks the child.
-        with (folder / LOG).open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-m", module, str(folder)],
+        with (self.folder / LOG).open("ab") as log:
+            read_end, life = os.pipe()
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-m", module, str(self.folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=folder,
-                env={**environment, TOKEN: token, LIFE_FD: str(read_end), "SPT_NOENV": "1"},
+                cwd=self.folder,
+                env={**environment, TOKEN: self.token, LIFE_FD: str(read_end), "SPT_NOENV": "1"},
                 pass_fds=[read_end],
                 start_new_session=True,
             )
         os.close(read_end)
-        os.set_blocking(self._life, False)  # a child that reads nothing must not block us
-        self._closed = threading.Event()
-        self._ticking = threading.Thread(target=self._tick, name="tick", daemon=True)
-        self._ticking.start()
+        os.set_blocking(life, False)  # a child that reads nothing must not block us
+        return process, life
 
     def lines(self) -> list[Line]:
         """What the child told since the last call."""
@@ -87,6 +99,8 @@ class Child:
 
     def close(self) -> None:
         """Gives the life pipe back; whatever still holds its other end reads EOF."""
+        if self.tail.skipped:
+            log.warning("%s: %d lines of its journal made no sense", self.token, self.tail.skipped)
         self._closed.set()
         self._ticking.join()
         with contextlib.suppress(OSError):
@@ -102,12 +116,20 @@ class Child:
             return ""
 
 
+_OF_A_GPU = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+
+
+def _differing(environment: Mapping[str, str]) -> dict[str, str]:
+    """What an attempt's environment has beyond a spare's."""
+    return {name: environment[name] for name in _OF_A_GPU if name in environment}
+
+
 def environment(settings: Settings, gpu: str | None) -> dict[str, str]:
     """A child's environment: a short list of ours, and what keeps libraries quiet."""
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     if gpu is not None:
         # nvidia-smi, by which slots are numbered, counts by bus; CUDA by itself counts the fastest first.
-        passed |= {"CUDA_VISIBLE_DEVICES": gpu, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        passed |= dict(zip(_OF_A_GPU, (gpu, "PCI_BUS_ID"), strict=True))
     return {
         **passed,
         "PYTHONUNBUFFERED": "1",

@@ -2,17 +2,18 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.catalog import ArtifactKind, Catalog
+from app.catalog import ArtifactKind, Catalog, HealthStatus
 from app.errors import Code, RunError
-from app.storage import Storage
+from app.storage import KEPT, Storage
 from workers.checkpoints import rotate
 from workers.journal import Journal, finite
 
@@ -35,6 +36,8 @@ class Output:
     name: str | None
     folder: str
     facts: dict[str, Any]
+    hashed: dict[str, str] = field(default_factory=dict)
+    """sha256 of files whose writer took it; the others are hashed when the folder is published."""
 
 
 def rank() -> int:
@@ -45,6 +48,13 @@ def rank() -> int:
 def result_path(attempt_dir: Path) -> Path:
     """Where a run says how it ended. Of the ranks beside the first that is kept for when the first says nothing."""
     return attempt_dir / (RESULT if rank() == 0 else f"{RANKS}/{rank()}.json")
+
+
+def _holds(spec: Any, path: str) -> bool:
+    """Whether a spec has a text at this place."""
+    for step in path.split("."):
+        spec = spec.get(step) if isinstance(spec, dict) else None
+    return isinstance(spec, str)
 
 
 class JobContext:
@@ -62,10 +72,13 @@ class JobContext:
             self.prepared_dir.mkdir(exist_ok=True)
         resume = attempt.get("resume_from")
         self.resume_from = Path(resume) if resume else None
+        self.continues = bool(attempt.get("continues"))
+        """Whether that checkpoint is another job's."""
         self.values: dict[str, Any] = {}
         self.outputs: list[Output] = []
         self._dir = attempt_dir
         self._inputs: dict[str, dict[str, Any]] = attempt["inputs"]
+        self._spec: dict[str, Any] = attempt.get("spec") or {}
         # Of the ranks of a run on several GPUs the first tells what happens; the others write nothing.
         self.leads = rank() == 0
         self._journal = Journal(attempt_dir / EVENTS if self.leads else Path(os.devnull))
@@ -73,6 +86,9 @@ class JobContext:
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._committing: Future[None] | None = None
         self._last_progress = 0.0
+        self._begun = time.monotonic()
+        self._spent = float(attempt.get("run_seconds") or 0.0)
+        self._memory_gb: float | None = attempt.get("memory_gb")
         self.work_dir.mkdir(exist_ok=True)
         self.checkpoint_dir.mkdir(exist_ok=True)
 
@@ -110,7 +126,10 @@ class JobContext:
                 param=field,
                 hint="Check its name and the network, or put the model into a folder under TUNESMITH_MODEL_ROOTS.",
             ) from error
-        self.event("model_download_complete", f"{repo} is here.", repo=repo)
+        commit = Path(folder).name if Path(folder).parent.name == "snapshots" else None
+        self.event("model_download_complete", f"{repo} is here.", repo=repo, commit=commit)
+        if commit and _holds(self._spec, field):
+            self.resolved(field, f"hub:{repo}@{commit}")  # the branch may move; this run, and its repetition, do not
         self._inputs[field] = {**self._inputs[field], "path": folder}
         if self._preparing and self.prepared_dir is not None:
             text = json.dumps({**self._fetched(), field: folder}, sort_keys=True)
@@ -135,6 +154,11 @@ class JobContext:
         """See RunContext."""
         self._journal.write("event", code=code, message=message, level=level, data=data)
 
+    def health(self, check: str, status: HealthStatus, message: str | None = None, **facts: Any) -> None:
+        """See RunContext."""
+        numbers = {name: finite(fact) if isinstance(fact, float) else fact for name, fact in facts.items()}
+        self._journal.write("health", check=check, status=status, message=message, facts=numbers)
+
     def progress(self, step: int, total_steps: int, **values: float | None) -> None:
         """See RunContext."""
         now = time.monotonic()
@@ -153,13 +177,22 @@ class JobContext:
         with (self._dir / "trainer_log.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
 
-    def checkpoint(self, path: Path, step: int, metrics: Mapping[str, float], *, keep: int | None = None) -> None:
+    def checkpoint(
+        self,
+        path: Path,
+        step: int,
+        metrics: Mapping[str, float],
+        *,
+        keep: int | None = None,
+        score: float | None = None,
+    ) -> None:
         """See RunContext. Hashing, fsync and rotation run in a thread; one checkpoint at a time."""
         if not self.leads:
             return
         self.settle()
         numbers = {name: finite(value) for name, value in metrics.items()}
-        self._committing = self._committer.submit(self._commit, path, step, numbers, keep)
+        score = finite(numbers.get("eval_loss") if score is None else score)
+        self._committing = self._committer.submit(self._commit, path, step, numbers, keep, score)
 
     def settle(self) -> None:
         """Waits for the checkpoint that is being committed. Raises what went wrong with it."""
@@ -167,11 +200,13 @@ class JobContext:
             committing, self._committing = self._committing, None
             committing.result()
 
-    def _commit(self, path: Path, step: int, numbers: Mapping[str, float | None], keep: int | None) -> None:
-        size = Storage.commit_checkpoint(path, step, numbers)
+    def _commit(
+        self, path: Path, step: int, numbers: Mapping[str, float | None], keep: int | None, score: float | None
+    ) -> None:
+        size = Storage.commit_checkpoint(path, step, numbers, score)
         # Before it is announced, so that whoever hears of it finds the others as they will stay.
         rotate(self._dir.parent, int(self._dir.name[1:]), keep)
-        self._journal.write("checkpoint", path=str(path), step=step, bytes=size, metrics=numbers)
+        self._journal.write("checkpoint", path=str(path), step=step, bytes=size, metrics=numbers, score=score)
 
     def resolved(self, path: str, value: Any) -> None:
         """See RunContext."""
@@ -180,6 +215,14 @@ class JobContext:
     def tick(self) -> None:
         """See RunContext."""
         self._journal.write("tick")
+
+    def spent_seconds(self) -> float:
+        """See RunContext."""
+        return self._spent + time.monotonic() - self._begun
+
+    def memory_gb(self) -> float | None:
+        """See RunContext."""
+        return self._memory_gb
 
     def request_stop(self) -> None:
         """SIGTERM came."""
@@ -195,6 +238,24 @@ class JobContext:
         folder.mkdir()
         self.outputs.append(Output(kind, name, folder.name, facts))
         return folder
+
+    @property
+    def kept_dir(self) -> Path:
+        """See RunContext."""
+        folder = self._dir.parent / KEPT
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def drop_kept(self) -> None:
+        """There will be no other attempt."""
+        shutil.rmtree(self._dir.parent / KEPT, ignore_errors=True)
+
+    def written(self, path: Path, sha256: str) -> None:
+        """See RunContext."""
+        for output in self.outputs:
+            folder = self._dir / output.folder
+            if path.is_relative_to(folder):
+                output.hashed[path.relative_to(folder).as_posix()] = sha256
 
     def result(self, **values: Any) -> None:
         """See RunContext."""

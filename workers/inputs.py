@@ -51,6 +51,8 @@ def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Jo
         "type": job.type,
         "algorithm": job.algorithm,
         "gpus": job.gpus,
+        "run_seconds": job.run_seconds,
+        "memory_gb": job.memory_gb,
         "spec": job.resolved_spec,
         "inputs": inputs,
         "packages": list(settings.packages),

@@ -3,6 +3,7 @@
 One JSON object a line, one ``write()`` a line, so that a reader never sees a torn line from a living writer.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -59,6 +60,12 @@ class Tail:
                 yield parsed
         if len(self._rest) > MAX_LINE:
             self._rest, self._skipping = b"", True
+
+    def unread(self) -> bool:
+        """Whether the file holds more than was read. What was read last may have held no whole line."""
+        with contextlib.suppress(OSError):
+            return self._path.stat().st_size > self._offset
+        return False
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

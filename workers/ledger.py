@@ -10,8 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sqlalchemy import Insert
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
@@ -23,15 +21,16 @@ from app.db import Database, after_commit
 from app.errors import Code, RunError
 from app.jobs import repository
 from app.jobs.repository import Move
-from app.models import Checkpoint, Job, Metric, new_id, now
+from app.models import Artifact, Checkpoint, Job, new_id, now
 from app.queue import AnyDoorbell
 from app.states import JobState
 from app.storage import Published, Storage
-from workers.checkpoints import RESUMABLE, best_of
+from workers.checkpoints import RESUMABLE, best_of, score_of
+from workers.ladder import Rung, changed
+from workers.told import diagnosed, is_step, patched, upsert_metrics
 
 Line = dict[str, Any]
 _LEVELS = ("info", "warn", "error")
-_METRIC_ROWS = 1000
 _STUCK = 2
 """Attempts in a row without a step gained, after which more of them are waste."""
 _LONGEST_BACKOFF = 600.0
@@ -102,7 +101,7 @@ class Ledger:
             if values:
                 repository.heartbeat(session, self.job.id, self.worker_id, self.job.fence, values)
             if metrics:
-                _upsert_metrics(session, metrics)
+                upsert_metrics(session, metrics)
             flags = Flags(
                 cancel=row.cancel_requested_at is not None,
                 pause=row.pause_requested_at is not None,
@@ -124,15 +123,17 @@ class Ledger:
             values["phase"] = str(line.get("phase"))[:32]
         elif kind == "progress":
             values["progress"] = {key: line[key] for key in line if key not in ("t", "kind")}
-        elif kind == "metric" and _is_step(line.get("step")) and isinstance(line.get("values"), dict):
+        elif kind == "metric" and is_step(line.get("step")) and isinstance(line.get("values"), dict):
             metrics += [
                 {"job_id": self.job.id, "step": line["step"], "name": str(name)[:64], "value": value}
                 for name, value in line["values"].items()
                 if isinstance(value, int | float) and not isinstance(value, bool) or value is None
             ]
+        elif kind == "health":
+            values["health"] = diagnosed(values.get("health", row.health), line)
         elif kind == "resolved":
-            values["resolved_spec"] = _patched(values.get("resolved_spec", row.resolved_spec), line)
-        elif kind == "checkpoint" and _is_step(line.get("step")) and isinstance(line.get("bytes"), int):
+            values["resolved_spec"] = patched(values.get("resolved_spec", row.resolved_spec), line)
+        elif kind == "checkpoint" and is_step(line.get("step")) and isinstance(line.get("bytes"), int):
             self._checkpoint(session, line, values)
 
     def _checkpoint(self, session: Session, line: Line, values: dict[str, Any]) -> None:
@@ -143,7 +144,7 @@ class Ledger:
         reached("checkpoint.before_row")
         relative = str(path.relative_to(self._storage.root))
         metrics = line["metrics"] if isinstance(line.get("metrics"), dict) else {}
-        losses = [(step, metrics.get("eval_loss"))]
+        scores = [(step, score_of(line))]
         kept = []
         for old in repository.checkpoints(session, self.job.id):
             # An attempt that starts over reaches the same step again; and the run rotates its oldest away.
@@ -151,12 +152,13 @@ class Ledger:
                 session.delete(old)
             else:
                 kept.append(old)
-                losses.append((old.step, old.metrics.get("eval_loss")))
-        best = best_of(losses)
-        for number, old in enumerate(kept):
+        records = [self._storage.checkpoint_record(self._storage.root / old.path) for old in kept]
+        scores += [(old.step, score_of(record)) for old, record in zip(kept, records, strict=True)]
+        best = best_of(scores)
+        for number, (old, record) in enumerate(zip(kept, records, strict=True)):
             old.best = old.step == best
             if 0 < number <= RESUMABLE:  # thinned just now, or by the one before
-                files = self._storage.checkpoint_record(self._storage.root / old.path).get("files", {})
+                files = record.get("files", {})
                 old.bytes = sum(entry["bytes"] for entry in files.values()) or old.bytes
         session.flush()
         session.add(
@@ -182,6 +184,8 @@ class Ledger:
     def succeed(self, result: dict[str, Any], finished: Sequence[Finished]) -> bool:
         """T5 with the artifact rows; never after a cancellation was asked for."""
         with self._database.write() as session:
+            if finished and session.get(Artifact, finished[0].artifact_id) is not None:
+                return True  # the commit went through, and the answer to it got lost
             for output in finished:
                 artifacts.add(
                     session,
@@ -197,12 +201,13 @@ class Ledger:
                     facts={key: output.facts[key] for key in output.facts if key not in ("base_chain", "learning")},
                 )
             ids = [output.artifact_id for output in finished]
+            learning = next((found for output in finished if (found := output.facts.get("learning"))), None)
             move = Move(
                 JobState.SUCCEEDED,
                 "job_complete",
                 "The job succeeded.",
                 data={"artifacts": ids},
-                values={"result": {**result, "artifact_ids": ids}},
+                values={"result": {**result, "artifact_ids": ids}, "learning": learning},
             )
             moved = self._leave(session, move, Job.cancel_requested_at.is_(None))
             if not moved:
@@ -255,6 +260,24 @@ class Ledger:
             reached("requeue.before_commit")
         reached("requeue.after_commit")
         return moved
+
+    @persistent
+    def adjust(self, rung: Rung, exit_code: int) -> bool:
+        """Memory ran out: again from the newest checkpoint, as the next rung of the ladder says; no attempt spent."""
+        with self._database.write() as session:
+            job = session.get_one(Job, self.job.id)
+            values = {
+                **repository.back_in_queue(),
+                "resolved_spec": changed(job.resolved_spec, rung.values),
+                "delay_seconds": 0.0,
+                "not_before": None,
+                "exit_code": exit_code,
+                "attempt": Job.attempt - 1,
+            }
+            message = f"Out of memory; trying again: {rung.message}"
+            data = {name.rpartition(".")[2]: value for name, value in rung.values.items()}
+            move = Move(JobState.QUEUED, "out_of_memory_adjusted", message, "warn", data, values)
+            return self._leave(session, move, Job.cancel_requested_at.is_(None))
 
     @persistent
     def hold(self, reason: str, message: str, *, delay: float, exit_code: int | None = None, **data: Any) -> bool:
@@ -347,34 +370,3 @@ def _final(crash: Crash, job: Job, looping: bool, log_tail: str) -> RunError:
         code = Code.CRASH_LOOP
     where = f" It got no further than step {job.reached_step}." if looping and job.reached_step >= 0 else ""
     return RunError(code, f"{crash.reason} {job.attempt} attempts were made.{where}", hint=hint)
-
-
-def _is_step(value: object) -> bool:
-    """A number that fits the column; what a child writes is not trusted."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-
-
-def _patched(spec: dict[str, Any], line: Line) -> dict[str, Any]:
-    """A copy of the resolved spec with one value replaced."""
-    *parents, last = str(line.get("path", "")).split(".")
-    copy = dict(spec)
-    place = copy
-    for step in parents:
-        inner = place.get(step)
-        if not isinstance(inner, dict):
-            return spec  # the spec has no such place, and must stay one that can be read again
-        place[step] = dict(inner)
-        place = place[step]
-    place[last] = line.get("value")
-    return copy
-
-
-def _upsert_metrics(session: Session, rows: list[dict[str, Any]]) -> None:
-    unique = list({(row["step"], row["name"]): row for row in rows}.values())
-    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    for start in range(0, len(unique), _METRIC_ROWS):  # a statement holds a limited number of values
-        statement: Any = insert(Metric).values(unique[start : start + _METRIC_ROWS])
-        upsert: Insert = statement.on_conflict_do_update(
-            index_elements=["job_id", "step", "name"], set_={"value": statement.excluded.value}
-        )
-        session.execute(upsert)

@@ -14,7 +14,7 @@ from typing import Any
 
 from celery import bootsteps
 from celery.exceptions import SecurityWarning
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.broker import embedded_url
@@ -23,11 +23,13 @@ from app.db import Database
 from app.models import Slot, Worker, now
 from app.queue import RING_TASK, Doorbell, make_celery
 from app.reconciler import Reconciler
-from app.schema import require_head
+from app.schema import Unusable, require_head
 from app.settings import Settings
 from app.storage import Storage
-from workers.slots import SlotThread, gpus, lock_all, register, slots_of
+from workers.child import environment
+from workers.slots import SlotTaken, SlotThread, gpus, lock_all, register, slots_of
 from workers.supervisor import House
+from workers.warm import Spares
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class SlotWorker:
     def __init__(self, settings: Settings, broker_url: str) -> None:
         database = Database(settings.database)
         require_head(database)
+        # One for each GPU at most would be of use; each takes about 350 MB.
+        spares = Spares(settings.instance, environment(settings, None), settings.warm_runners)
         self.house = House(
             settings=settings,
             database=database,
@@ -46,7 +50,9 @@ class SlotWorker:
             doorbell=Doorbell(broker_url),
             worker_id=f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}",
             stopping=threading.Event(),
+            spares=spares,
         )
+        self._spares = spares
         found = gpus()
         places = slots_of(settings, found)
         self._locks = lock_all(settings, places)
@@ -57,7 +63,7 @@ class SlotWorker:
 
     def start(self) -> None:
         """Begins to claim."""
-        for thread in (*self.threads, self._reconciler, self._pulse):
+        for thread in (*self.threads, self._reconciler, self._pulse, self._spares):
             thread.start()
         log.info("worker %s: %s", self.house.worker_id, ", ".join(thread.slot_id for thread in self.threads))
 
@@ -75,13 +81,16 @@ class SlotWorker:
         self.ring()
         for thread in self.threads:
             thread.join()
+        self._spares.stop()
         self._reconciler.stop()
         try:
             with self.house.database.write() as session:
                 session.execute(
                     update(Worker).where(Worker.id == self.house.worker_id).values(stopped_at=now(), seen_at=now())
                 )
-                session.execute(update(Slot).where(Slot.worker_id == self.house.worker_id).values(job_id=None))
+                own = Slot.worker_id == self.house.worker_id
+                session.execute(select(Slot.slot_id).where(own).order_by(Slot.slot_id).with_for_update())
+                session.execute(update(Slot).where(own).values(job_id=None))
         except SQLAlchemyError as error:
             log.warning("worker: could not say goodbye: %s", error)
         self.house.doorbell.close()
@@ -106,6 +115,7 @@ def run(settings: Settings, broker_url: str) -> int:
     """Blocks until SIGTERM or SIGINT; returns the exit status."""
     worker = SlotWorker(settings, broker_url)
     celery = make_celery(broker_url)
+    celery.conf.worker_consumer = "workers.consumer:Consumer"
     celery.task(name=RING_TASK, ignore_result=True)(worker.ring)
     celery.steps["worker"].add(_step(worker))
     # Celery warns of root; the containers and most GPU machines run as root, and the task executes nothing.
@@ -147,4 +157,8 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from_environment = Settings()
-    sys.exit(run(from_environment, from_environment.broker_url or embedded_url(from_environment)))
+    try:
+        status = run(from_environment, from_environment.broker_url or embedded_url(from_environment))
+    except (Unusable, SlotTaken) as error:
+        sys.exit(f"the worker does not start: {error}")
+    sys.exit(status)

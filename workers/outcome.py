@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -9,13 +10,17 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from app import states
+from app import disk, states
+from app.artifacts import inspect
 from app.errors import Code, RunError
 from app.models import Job, new_id
 from app.specs import RetryPolicy
-from app.storage import Storage
-from workers.context import ATTEMPT, PREPARED, RESULT
+from app.storage import COMPLETE, Storage
+from workers.checkpoints import clear_scratch
+from workers.context import ATTEMPT, LOG, PREPARED, RESULT
+from workers.ladder import read_rung
 from workers.ledger import Crash, Finished, Flags, Ledger
+from workers.reproduced import compared, versions
 
 Why = Literal["stalled", "wall_time"]
 """Why the supervisor itself ended a run."""
@@ -27,11 +32,13 @@ PERMANENT = {
     states.EXIT_GATED: Code.GATED_MODEL,
     states.EXIT_BAD_SPEC: Code.BAD_SPEC,
 }
-DISK_FULL_SECONDS = 30.0
+DISK_FULL_SECONDS = 300.0
+"""Pause of a job that found no room; the reconciler ends it as soon as there is more than it had."""
+_LOG_KEPT = 64 << 10
 
 
 class Outcome:
-    """The end of one attempt. ``beating`` keeps the job ours while files are hashed."""
+    """The end of one attempt. ``beating`` keeps the job ours while files are hashed; ``reserve`` is for the disk."""
 
     def __init__(
         self,
@@ -40,7 +47,9 @@ class Outcome:
         storage: Storage,
         ledger: Ledger,
         beating: Callable[[], AbstractContextManager[None]],
+        reserve: int,
     ) -> None:
+        self._reserve = reserve
         self._job = job
         self._folder = folder
         self._storage = storage
@@ -64,12 +73,12 @@ class Outcome:
         if result is not None and result.get("status") == "ok":
             self._publish_or_fail(result, status)
         elif result is not None:
-            self._fail(_error_of(result), status, result.get("result"))
+            self._fail(_error_of(result), status, result)
         elif why == "wall_time":
             error = RunError(
                 Code.WALL_TIME_EXCEEDED,
                 f"the job used up its {self._job.wall_seconds:g} s in slots",
-                hint="Raise limits.wall_seconds; POST /jobs/{id}/checkpoints shows what it left.",
+                hint="Raise limits.wall_seconds; GET /jobs/{id}/checkpoints shows what it left.",
             )
             self._ledger.fail(error, status)
         elif why == "stalled":
@@ -97,15 +106,46 @@ class Outcome:
         again = self._retried is None or crash.status in self._retried
         self._ledger.crashed(crash, log_tail, again=again, backoff=self._backoff)
 
-    def _fail(self, error: RunError, status: int, values: dict[str, Any] | None) -> None:
+    def _fail(self, error: RunError, status: int, left: dict[str, Any]) -> None:
+        rung = read_rung(left.get("adjust")) if error.code is Code.OUT_OF_MEMORY else None
         if error.code is Code.DISK_FULL:
             self._hold_for_disk(status)
+        elif rung is not None:
+            self._ledger.adjust(rung, status)
         else:
-            self._ledger.fail(error, status, values)
+            self._ledger.fail(error, status, left.get("result"))
 
     def _hold_for_disk(self, status: int) -> None:
-        message = "The disk is full; the job goes on when there is room."
-        self._ledger.hold("disk_full", message, delay=DISK_FULL_SECONDS, exit_code=status)
+        """First goes what nobody can use, so that this very hold can be written, and the log's beginning.
+
+        The job was not content with what is free then, so it waits for more: bytes, or files that can be made.
+        """
+        root = self._storage.root
+        of_files = disk.free_files(root) < disk.FEW_FILES
+        self._let_go()
+        free = disk.free_bytes(root)
+        more = 0 if of_files else free + self._reserve
+        facts = {"needed_bytes": max(2 * self._reserve, more), "free_bytes": free}
+        if of_files:
+            facts["needed_files"] = disk.free_files(root) + disk.FEW_FILES
+        message = "The disk is full; the job goes on when there is more room."
+        self._ledger.hold("disk_full", message, delay=DISK_FULL_SECONDS, exit_code=status, **facts)
+
+    def _let_go(self) -> None:
+        clear_scratch(self._folder.parent, self._job.fence)
+        for checkpoint in (self._folder / "ckpt").glob("checkpoint-*"):
+            if not (checkpoint / COMPLETE).exists():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        if self._job.next_class is not None:
+            shutil.rmtree(self._folder / PREPARED, ignore_errors=True)
+        log = self._folder / LOG
+        with contextlib.suppress(OSError), log.open("r+b") as file:
+            if os.fstat(file.fileno()).st_size > _LOG_KEPT:
+                file.seek(-_LOG_KEPT, os.SEEK_END)
+                tail = file.read()
+                file.truncate(0)
+                file.seek(0)
+                file.write(tail)
 
     def _publish_or_fail(self, result: dict[str, Any], status: int) -> None:
         try:
@@ -133,11 +173,17 @@ class Outcome:
         for output in result.get("outputs", []):
             facts = {**_lineage(self._job, self._folder), **output["facts"]}
             artifact_id = new_id("art")
+            folder = self._folder / output["folder"]
             about = {"job_id": self._job.id, "fence": self._job.fence, "spec_sha256": self._job.spec_sha256, **facts}
-            published = self._storage.publish(self._folder / output["folder"], artifact_id, about)
+            if template := inspect.template_sha256(folder):
+                about["chat_template_sha256"] = template
+            published = self._storage.publish(folder, artifact_id, about, output.get("hashed") or {})
             name = output["name"] or self._job.experiment_name
             finished.append(Finished(artifact_id, output["kind"], name, facts, published))
-        if not self._ledger.succeed(result.get("result", {}), finished):
+        found = {**result.get("result", {}), "versions": versions()}
+        if self._job.reproduces is not None and finished:
+            found["reproduced"] = compared(self._storage, self._job.reproduces, finished[0].artifact_id)
+        if not self._ledger.succeed(found, finished):
             for item in finished:  # cancelled or taken over meanwhile: what no row points to goes
                 shutil.rmtree(self._storage.artifact_dir(item.artifact_id), ignore_errors=True)
 
@@ -153,10 +199,11 @@ def _lineage(job: Job, folder: Path) -> dict[str, Any]:
             "base_artifact_id": base.get("artifact_id"),
             "base_chain": [*chain, f"{job.algorithm}:{job.id}"],
         }
-    for field in ("adapter", "model"):
-        if field in inputs:
-            return {"base_chain": list(inputs[field].get("base_chain") or [])}
-    return {}
+    # Of several, all that each was made from, once.
+    merged = [field for field in inputs if field.startswith(("adapters.", "models.")) and field.count(".") == 1]
+    found = merged or [field for field in ("adapter", "model") if field in inputs][:1]
+    links = dict.fromkeys(link for field in found for link in inputs[field].get("base_chain") or [])
+    return {"base_chain": list(links)} if found else {}
 
 
 def _result(folder: Path) -> dict[str, Any] | None:

@@ -135,6 +135,10 @@ def _numbers(folder: Path, kind: str) -> dict[int, int]:
 
 def _rank(folder: Path) -> int:
     """One rank: the runner, with its pid and its exit status in files."""
+    # The parent dies at once with its worker, and torchrun with the parent: nobody would be left to end us.
+    processes.die_with_parent()
+    if os.getppid() == 1:
+        return EXIT_LIFELINE_CUT
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until the runner listens; the parent says it again
     files = folder / RANKS
     name = os.environ["RANK"]

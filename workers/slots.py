@@ -9,12 +9,15 @@ import socket
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
+from app.artifacts import view
 from app.crashpoints import reached
 from app.jobs import claims
 from app.jobs.placement import ON_A_GPU
@@ -211,5 +214,13 @@ def register(house: House, places: Sequence[Place], found: Sequence[Mapping[str,
         ).all()
         for job in orphans:
             reap(session, job, "Its worker died")  # T19: the slot's lock proves it
+        since = session.scalar(select(func.min(Worker.seen_at)).where(Worker.id.in_(dead)))
         for worker in session.scalars(select(Worker).where(Worker.id.in_(dead))):
             worker.stopped_at = now()
+        finished = _finished_since(session, since - timedelta(seconds=house.settings.lease_seconds)) if since else ()
+    for job_id in finished:  # the dead may not have come to the links for people
+        view.refresh_job(house.database, house.storage, job_id)
+
+
+def _finished_since(session: Session, at: datetime) -> Sequence[str]:
+    return session.scalars(select(Job.id).where(Job.state == JobState.SUCCEEDED, Job.finished_at >= at)).all()

@@ -2,38 +2,43 @@
 
 import contextlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from app import disk
 from app.catalog import Catalog
 from app.crashpoints import reached
 from app.db import Database
 from app.errors import Code, RunError
 from app.jobs import repository, room
+from app.jobs.continuing import FIELD, checkpoint_of
 from app.jobs.placement import ON_A_GPU
-from app.jobs.room import Shortage, shortage
 from app.models import Checkpoint, Job
 from app.processes import exited, oom_kill_count
 from app.queue import AnyDoorbell
 from app.settings import Settings
-from app.storage import Storage, write_private
+from app.storage import KEPT, Storage, write_private
+from workers.checkpoints import clear_scratch, unheard
 from workers.child import Child, environment, token_of
 from workers.context import ATTEMPT, PREPARED
 from workers.inputs import attempt_file, attempt_spec, resume_point
 from workers.ledger import Flags, Ledger, Line
 from workers.outcome import Outcome, Why
+from workers.tracking import Tracking
+from workers.warm import Spares
 
 _POLL = 0.1
 _WRITE_EVERY = 1.0
 _CANCEL_GRACE = 10.0
-DISK_SECONDS = 30.0
-"""Pause of a job that found no room on the disk; the reconciler ends it sooner when there is."""
 _ROOM = 3600.0  # the reconciler looks for room sooner
+RUNNER = "workers.runner"
 STALL_SECONDS = 1800.0
 """Silence after which a training run counts as stuck, unless its limits say otherwise."""
 
@@ -49,6 +54,7 @@ class House:
     doorbell: AnyDoorbell
     worker_id: str
     stopping: threading.Event
+    spares: Spares | None = None
 
 
 class Supervision:
@@ -62,6 +68,7 @@ class Supervision:
         self.ledger = Ledger(house.database, house.storage, house.doorbell, job, house.worker_id)
         self.folder = house.storage.attempt_dir(job.id, job.fence)
         self._why: Why | None = None
+        self._tracking: Tracking | None = None
         stall = (job.resolved_spec.get("limits") or {}).get("stall_seconds")
         self._stall_seconds: float | None = stall or (STALL_SECONDS if job.type == "train" else None)
         self._begun = time.monotonic()
@@ -71,8 +78,10 @@ class Supervision:
         try:
             with self.house.database.read() as session:
                 attempt = attempt_file(session, self.house.settings, self.house.catalog, self.job)
-                checkpoints = repository.checkpoints(session, self.job.id)
-            attempt["resume_from"] = self._resume_from(checkpoints)
+            resume = self._resume_from(self._checkpoints())
+            own = resume is None or resume.is_relative_to(self.folder.parent)
+            attempt |= {"resume_from": None if resume is None else str(resume), "continues": not own}
+            clear_scratch(self.folder.parent, self.job.fence - 1)
             if self.job.next_class is not None:
                 attempt["prepared_dir"] = str(self.folder / PREPARED)
             elif self.job.prepared_ref is not None:
@@ -82,22 +91,24 @@ class Supervision:
                     return
                 attempt["prepared_dir"] = str(self.house.storage.root / self.job.prepared_ref)
             spec = attempt_spec(self.house.catalog, self.job)
-            missing = room.shortage(self.house.settings, spec, attempt["inputs"])
-            if missing is not None:
-                self.ledger.hold(room.DISK_FULL, missing.message, delay=DISK_SECONDS, needed_bytes=missing.needed)
+            lack = room.shortage(self.house.settings, spec, attempt["inputs"], self.folder.parent / KEPT)
+            if lack is not None:
+                needed = {"needed_bytes": lack.needed, "free_bytes": lack.free}
+                self.ledger.hold(room.DISK_FULL, lack.message, delay=_ROOM, **needed)
                 return
             oom_kills = oom_kill_count()
-            lack = self._shortage(attempt)
-            if lack is not None:
-                self.ledger.hold("disk_full", lack.message, delay=_ROOM, needed_bytes=lack.needed, free_bytes=lack.free)
-                return
             reached("spawn.before")
             several = self.job.gpus > 1 and self.job.slot_class in ON_A_GPU
-            child = self.spawn("workers.ranks" if several else "workers.runner", attempt)
+            child = self.spawn("workers.ranks" if several else RUNNER, attempt)
             reached("spawn.after")
         except RunError as error:
-            self.ledger.fail(error)
+            if error.code is Code.DISK_FULL:
+                self.ledger.hold(room.DISK_FULL, "The disk is full; the job starts when there is room.", delay=_ROOM)
+            else:
+                self.ledger.fail(error)
             return
+        quiet = environment(self.house.settings, None)
+        self._tracking = Tracking.start(self.house.catalog, self.job, self.folder, child.token, quiet)
         try:
             self._settle(child, self.listen(child), oom_kills)
         except BaseException:
@@ -105,12 +116,9 @@ class Supervision:
             raise
         finally:
             child.close()
-
-    def _shortage(self, attempt: Mapping[str, Any]) -> Shortage | None:
-        spec_class = self.house.catalog.spec_class(self.job.type, self.job.algorithm)
-        if spec_class is None:
-            return None
-        return shortage(self.house.settings, spec_class.model_validate(attempt["spec"]), attempt["inputs"])
+            if self._tracking is not None:
+                self._tracking.stop()
+            clear_scratch(self.folder.parent, self.job.fence)
 
     def _prepared_fault(self, reference: str) -> str | None:
         """The first file of the inputs made ready that is not as it was committed. Reads them whole."""
@@ -118,12 +126,41 @@ class Supervision:
             faults = self.house.storage.checkpoint_faults(self.house.storage.root / reference)
         return faults[0] if faults else None
 
-    def _resume_from(self, checkpoints: Sequence[Checkpoint]) -> str | None:
-        """Where the run goes on, said in its history."""
-        if not checkpoints:
+    def _checkpoints(self) -> Sequence[Checkpoint]:
+        """The job's, newest first, with those that the worker before did not live to hear of."""
+        for _ in range(2):
+            with self.house.database.read() as session:
+                found = repository.checkpoints(session, self.job.id)
+            known = {self.house.storage.root / checkpoint.path for checkpoint in found}
+            lines = unheard(self.folder.parent, self.job.fence - 1, known)
+            if not lines:
+                break
+            self.ledger.beat(lines)
+        return found
+
+    def _origin(self) -> Checkpoint | None:
+        """The checkpoint of another job that this one goes on from."""
+        wanted = self.job.resolved_spec.get(FIELD)
+        if not wanted:
+            return None
+        with self.house.database.read() as session:
+            found = checkpoint_of(session, self.job.project_id, wanted)
+        if found is None:
+            raise RunError(Code.MODEL_NOT_FOUND, f"the checkpoint {wanted} is gone", param=FIELD)
+        return found[0]
+
+    def _resume_from(self, checkpoints: Sequence[Checkpoint]) -> Path | None:
+        """Where the run goes on, said in its history. Raises RunError when another job's checkpoint is damaged."""
+        origin = self._origin()
+        if not checkpoints and origin is None:
             return None
         with self.beating():
             folder, rejected = resume_point(self.house.storage, checkpoints)
+            if folder is None and origin is not None:
+                folder, damaged = resume_point(self.house.storage, [origin])
+                if damaged:
+                    message = f"the checkpoint at step {origin.step} of {origin.job_id} is damaged ({damaged[0][1]})"
+                    raise RunError(Code.MODEL_INVALID, message, param=FIELD, hint="Go on from an older one.")
         with self.house.database.write() as session:
             for step, name in rejected:
                 message = f"The checkpoint at step {step} is damaged ({name}); an older one is taken."
@@ -132,17 +169,20 @@ class Supervision:
                 self.ledger.note(
                     session, "job_restarted", f"Goes on from {folder.name}.", "info", {"from": folder.name}
                 )
-        return str(folder) if folder is not None else None
+        return folder
 
     def spawn(self, module: str, attempt: Mapping[str, Any]) -> Child:
         """Writes ``attempt.json`` and starts the child. Raises RunError when the disk refuses."""
+        token = token_of(self.house.settings, self.job, self.slot_id)
+        spares = self.house.spares if module == RUNNER else None
         try:
             self.folder.mkdir(mode=0o700, parents=True)
             write_private(self.folder / ATTEMPT, json.dumps(attempt).encode())
+            spare = spares.take() if spares is not None else None
+            return Child(module, self.folder, token, environment(self.house.settings, self.gpu), spare)
         except OSError as error:
-            raise RunError(Code.STORAGE_ERROR, f"the attempt's folder cannot be made: {error}") from error
-        token = token_of(self.house.settings, self.job, self.slot_id)
-        return Child(module, self.folder, token, environment(self.house.settings, self.gpu))
+            code = Code.DISK_FULL if disk.is_full(error) else Code.STORAGE_ERROR
+            raise RunError(code, f"the attempt cannot be started: {error}") from error
 
     def listen(
         self, child: Child, on_lines: Callable[[list[Line]], None] | None = None, stop_grace: float | None = None
@@ -157,30 +197,33 @@ class Supervision:
         last_beat = last_answer = last_word = self._begun = time.monotonic()
         while True:
             gone = exited(child.process)
+            if gone:
+                child.end(0)  # now nobody writes any more
             new = child.lines()
-            while gone and (rest := child.lines()):
-                new += rest
+            unheard = gone and child.tail.unread()
+            child.trim_log()
             pending += [line for line in new if line["kind"] != "tick"]
+            pending += self._tracking.lines() if self._tracking is not None else []
             if new and on_lines is not None:
                 on_lines(new)
             now = time.monotonic()
             last_word = now if new else last_word
             due = now - last_beat >= (_WRITE_EVERY if pending else settings.heartbeat_seconds)
-            if gone or due:
-                child.trim_log()
+            if due or (gone and (pending or not unheard)):
                 try:
                     flags = self.ledger.beat(pending, self._run_seconds())
                     pending, last_answer = [], now
                 except SQLAlchemyError:
                     # While nobody can write, nobody can reap either: the run goes on, up to ten leases.
-                    if now - last_answer > 10 * settings.lease_seconds:
+                    if time.monotonic() - last_answer > 10 * settings.lease_seconds:
                         flags = Flags(lost=True)
                 last_beat = now
-            if gone:
-                child.end(0)
-                return flags
             if flags.lost:
                 child.end(0)
+                return flags
+            if gone:
+                if unheard:
+                    continue
                 return flags
             if flags.cancel:
                 child.end(_CANCEL_GRACE if stop_grace is None else stop_grace)
@@ -210,8 +253,10 @@ class Supervision:
             return
         if flags.cancel:
             self.ledger.cancelled()
+            shutil.rmtree(self.folder.parent / KEPT, ignore_errors=True)
         else:
-            outcome = Outcome(self.job, self.folder, self.house.storage, self.ledger, self.beating)
+            reserve = room.reserve_bytes(self.house.settings)
+            outcome = Outcome(self.job, self.folder, self.house.storage, self.ledger, self.beating, reserve)
             outcome.settle(
                 status,
                 flags,

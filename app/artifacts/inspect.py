@@ -1,6 +1,8 @@
 """What a model folder says about itself without loading it: config.json and safetensors headers (no torch)."""
 
+import hashlib
 import json
+import re
 import stat
 import struct
 from pathlib import Path
@@ -10,6 +12,7 @@ from app.errors import AppError, BadRequest, Code
 
 _MAX_HEADER = 100 << 20
 _MAX_CONFIG = 10 << 20
+_QUANTISED = re.compile(r"[-_](?:bnb[-_]4bit|unsloth|gptq|awq|fp8|gguf|[48]bit|int[48]|w\d+a\d+)\b", re.I)
 
 
 def read_json(path: Path, param: str) -> dict[str, Any]:
@@ -56,34 +59,38 @@ def _header(path: Path, param: str) -> dict[str, list[int]]:
         ) from error
 
 
-def check_targets(shapes: dict[str, list[int]], targets: list[str], param: str) -> None:
-    """Refuses target modules that none of the model's tensors belongs to."""
-    modules = {
-        name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) >= 2
-    }
-    if not modules:
-        return  # nothing to check against, e.g. a model that is only partly here
-    missing = [name for name in targets if not any(path == name or path.endswith(f".{name}") for path in modules)]
-    if missing:
-        known = sorted({path.rsplit(".", 1)[-1] for path in modules if not path.endswith("embed_tokens")})
-        raise BadRequest(
-            f"the model has no module named {', '.join(missing)}",
-            param=param,
-            code=Code.TARGET_MODULES_NOT_FOUND,
-            hint=f"It has: {', '.join(known[:20])}. Or use all-linear.",
-        )
+def unquantised_sibling(reference: str) -> str | None:
+    """The likely name of the model that a quantised one was made from; None where its own name tells nothing."""
+    sibling = _QUANTISED.sub("", reference)
+    return sibling if sibling != reference else None
 
 
-def check_unquantised(config: dict[str, Any], param: str, purpose: str) -> None:
-    """Refuses a base whose stored weights are already quantised (GPTQ, AWQ, bitsandbytes)."""
+def check_unquantised(config: dict[str, Any], param: str, purpose: str, reference: str = "") -> None:
+    """Refuses a base whose stored weights are already quantised (GPTQ, AWQ, bitsandbytes).
+
+    ``reference``: what it was called, so that the hint can name its sibling.
+    """
     block = config.get("quantization_config")
     if isinstance(block, dict):
+        sibling = unquantised_sibling(reference)
         raise BadRequest(
             f"the model is stored quantised ({block.get('quant_method', 'unknown')}); {purpose} cannot use that",
             param=param,
             code=Code.QUANTISED_BASE,
-            hint="Name the unquantised sibling of this model.",
+            hint="Name the unquantised sibling of this model" + (f", probably {sibling}." if sibling else "."),
         )
+
+
+def check_mergeable(folder: Path, param: str, reference: str) -> None:
+    """Refuses what nothing can be added to: weights that are stored quantised, an adapter, what is no model."""
+    if looks_like_adapter(folder):
+        raise BadRequest(
+            f"{param}: this is an adapter, not a whole model",
+            param=param,
+            code=Code.WRONG_KIND,
+            hint="Name adapters as adapter or adapters, or merge it into its base first.",
+        )
+    check_unquantised(read_json(folder / "config.json", param), param, "a merge", reference)
 
 
 def looks_like_adapter(folder: Path) -> bool:
@@ -100,7 +107,7 @@ def looks_like_adapter(folder: Path) -> bool:
 
 
 def template_of(folder: Path) -> str | None:
-    """The chat template, from its own file or from the tokenizer's config."""
+    """The chat template, from its own file or from the tokenizer's config; of several under names, all of them."""
     path = folder / "chat_template.jinja"
     try:
         if path.is_file():
@@ -108,4 +115,10 @@ def template_of(folder: Path) -> str | None:
         template = read_json(folder / "tokenizer_config.json", "model").get("chat_template")
     except (AppError, OSError, UnicodeDecodeError):
         return None
-    return template if isinstance(template, str) else None
+    return template if isinstance(template, str) or not template else json.dumps(template, sort_keys=True)
+
+
+def template_sha256(folder: Path) -> str | None:
+    """What tells whether two folders have the same chat template; None where there is none."""
+    template = template_of(folder)
+    return hashlib.sha256(template.encode()).hexdigest() if template else None

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
+from app.aliases import repository as aliases
 from app.artifacts import inspect, repository
 from app.errors import BadRequest, Code, NotFound
 from app.models import Artifact, Job
@@ -21,7 +22,7 @@ from app.storage import Storage
 
 _LONGEST_CHAIN = 64
 _HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$")
-_NAME = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]{0,62})(?::v(\d{1,6}))?$")
+_NAME = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]{0,62})(?::v(\d{1,6})|@([A-Za-z0-9][A-Za-z0-9._-]{0,62}))?$")
 _REVISION = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")
 
 
@@ -47,15 +48,28 @@ def references(spec: BaseModel, path: str = "") -> Iterator[tuple[str, str, str]
         kind = next((mark.kind for mark in _marks(info) if isinstance(mark, RefTo)), None)
         if kind and isinstance(value, str):
             yield where, kind, value
-        elif isinstance(value, BaseModel):
-            yield from references(value, f"{where}.")
+        elif kind and isinstance(value, list):
+            yield from ((f"{where}.{number}", kind, entry) for number, entry in enumerate(value))
+        else:
+            yield from _within(value, where)
+
+
+def _within(value: Any, where: str) -> Iterator[tuple[str, str, str]]:
+    """The same of what stands in a field: a part of the spec, or a list or an object of such parts."""
+    if isinstance(value, BaseModel):
+        yield from references(value, f"{where}.")
+    elif isinstance(value, list | dict):
+        for key, inner in enumerate(value) if isinstance(value, list) else value.items():
+            yield from _within(inner, f"{where}.{key}")
 
 
 def _marks(info: Any) -> list[Any]:
-    """Metadata of a field, also where it stands inside ``X | None``."""
+    """Metadata of a field, also where it stands inside ``X | None`` or ``list[X] | None``."""
     marks = list(info.metadata)
     for option in getattr(info.annotation, "__args__", ()):
         marks += list(getattr(option, "__metadata__", ()))
+        for entry in getattr(option, "__args__", ()):
+            marks += list(getattr(entry, "__metadata__", ()))
     return marks
 
 
@@ -76,12 +90,30 @@ def resolve(
         return _path(session, settings, project_id, value, param)
     match = _NAME.match(value)
     if match:
-        artifact = repository.by_name(session, project_id, match[1], int(match[2]) if match[2] else None)
+        artifact = _named(session, project_id, match[1], match[2], match[3])
         if artifact is not None:
             return from_artifact(settings, artifact)
-        if match[2]:
-            raise NotFound(f"{param}: there is no model {value}", param=param, code=Code.MODEL_NOT_FOUND)
+        if match[2] or match[3]:
+            raise NotFound(
+                f"{param}: there is no model {value}",
+                param=param,
+                code=Code.MODEL_NOT_FOUND,
+                hint="GET /artifacts lists names and versions, GET /aliases the aliases.",
+            )
     return _hub(settings, value, revision, param)
+
+
+def _named(session: Session, project_id: str, name: str, version: str | None, alias: str | None) -> Artifact | None:
+    """``name:v3``, ``name@alias`` where that alias points to a version of this name, an alias alone, or a name alone.
+
+    An alias goes before a name: who made it said which version is meant.
+    """
+    if version is not None:
+        return repository.by_name(session, project_id, name, int(version))
+    aliased = aliases.target(session, project_id, alias or name)
+    if alias is not None:
+        return aliased if aliased is not None and aliased.name == name else None
+    return aliased or repository.by_name(session, project_id, name, None)
 
 
 def chain_of(
@@ -146,9 +178,12 @@ def _path(session: Session, settings: Settings, project_id: str, value: str, par
         artifact = (
             repository.get(session, project_id, parts[1]) if len(parts) == 2 and parts[0] == "artifacts" else None
         )
-        if artifact is None:
+        if artifact is not None:
+            return from_artifact(settings, artifact)
+        found = _checkpoint(session, settings, project_id, path, param)
+        if found is None:
             raise NotFound(f"{param}: there is no model at {value}", param=param, code=Code.MODEL_NOT_FOUND)
-        return from_artifact(settings, artifact)
+        return found
     if not any(path.is_relative_to(root) for root in settings.model_roots):
         roots = ":".join(str(root) for root in settings.model_roots) or "none are set"
         raise BadRequest(
@@ -160,6 +195,29 @@ def _path(session: Session, settings: Settings, project_id: str, value: str, par
     if not os.path.exists(path):  # unlike Path.exists it is False for a name that is too long
         raise NotFound(f"{param}: there is nothing at {value}", param=param, code=Code.MODEL_NOT_FOUND)
     return Resolved(pinned=str(path), folder=path)
+
+
+def _checkpoint(session: Session, settings: Settings, project_id: str, path: Path, param: str) -> Resolved | None:
+    """A checkpoint by its own folder or by the one of the view, whose files are links; None for any other path."""
+    link = next((path / name for name in ("adapter_config.json", "config.json") if (path / name).is_symlink()), None)
+    folder = link.resolve().parent if link else path
+    if not folder.is_relative_to(settings.data_dir):
+        return None
+    job = repository.job_of_checkpoint(session, project_id, str(folder.relative_to(settings.data_dir)))
+    if job is None or not folder.is_dir():
+        return None
+    block = job.resolved_spec["model"]
+    base = resolve(session, settings, project_id, block["model_name_or_path"], param=param)
+    kind = "adapter" if inspect.looks_like_adapter(folder) else "model"
+    facts = {
+        "name": f"{job.experiment_name}:ckpt-{folder.name.removeprefix('checkpoint-')}",
+        "kind": "reward" if job.algorithm == "reward" else kind,
+        "base": base.pinned,
+        "base_artifact_id": base.artifact.id if base.artifact else None,
+        "base_chain": [*(base.facts.get("base_chain") or [base.pinned]), f"{job.algorithm}:{job.id}"],
+        "rounded": (block.get("quantization_config") or {}).get("bnb_4bit_quant_type"),
+    }
+    return Resolved(pinned=str(folder), folder=folder, facts=facts)
 
 
 def _hub(settings: Settings, repo: str, revision: str | None, param: str) -> Resolved:

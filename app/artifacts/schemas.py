@@ -1,11 +1,13 @@
 """Artifacts as the API shows them."""
 
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.models import Artifact
+from app.specs import NAME_PATTERN, Name, Spec
 
 
 class ArtifactOut(BaseModel):
@@ -21,11 +23,12 @@ class ArtifactOut(BaseModel):
     bytes: int
     sha256: str = Field(description="Hash of MANIFEST.json, which lists the hash of every file.")
     created_at: datetime
-    aliases: list[str] = Field(default_factory=list)
+    aliases: list[str] = Field(default_factory=list, description="Names that point here now.")
+    tags: list[str] = Field(default_factory=list)
     learning: dict[str, Any] | None
 
     @classmethod
-    def of(cls, row: Artifact) -> "ArtifactOut":
+    def of(cls, row: Artifact, aliases: Sequence[str] = (), tags: Sequence[str] = ()) -> "ArtifactOut":
         """From its row."""
         return cls(
             id=row.id,
@@ -37,5 +40,43 @@ class ArtifactOut(BaseModel):
             bytes=row.bytes,
             sha256=row.sha256,
             created_at=row.created_at,
+            aliases=list(aliases),
+            tags=list(tags),
             learning=row.learning,
         )
+
+
+class ArtifactPatch(Spec):
+    """What can be changed of an artifact: nothing that it is made of."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tags": ["reviewed", "german"]}]})
+
+    tags: list[Annotated[str, Field(pattern=NAME_PATTERN)]] = Field(
+        max_length=32, description="All of them; those that are left out go."
+    )
+
+
+class ImportBody(Spec):
+    """What is imported, and what it will be called."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"path": "/models/Qwen2.5-7B-Instruct", "name": "Qwen2.5-7B-Instruct"}]}
+    )
+    path: str = Field(min_length=1, max_length=512, description="A folder under the model roots, or a .gguf file.")
+    name: Name
+    kind: Literal["model", "adapter"] = "model"
+
+
+class ArtifactFile(BaseModel):
+    """One file of an artifact, as its manifest has it."""
+
+    path: str = Field(examples=["adapter_model.safetensors"])
+    bytes: int
+    sha256: str
+
+
+class ArtifactFiles(BaseModel):
+    """All files of an artifact."""
+
+    object: Literal["list"] = "list"
+    data: list[ArtifactFile]

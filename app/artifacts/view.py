@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app.artifacts import repository
@@ -27,10 +28,10 @@ _HIDDEN = (*TRAINER_STATE, COMPLETE)
 
 
 def refresh_job(database: Database, storage: Storage, job_id: str) -> None:
-    """Makes or mends the links of one job. Safe to run at any time, by anybody; a disk that refuses is only logged."""
+    """Makes or mends the links of one job. Safe at any time, by anybody: a disk or database that refuses is logged."""
     try:
         _refresh(database, storage, job_id)
-    except OSError as error:
+    except (OSError, SQLAlchemyError) as error:
         log.warning("the view of %s could not be made: %s", job_id, error)
 
 
@@ -43,10 +44,14 @@ def _refresh(database: Database, storage: Storage, job_id: str) -> None:
         artifacts = list(repository.of_job(session, job_id))
         checkpoints = list(session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id)))
     for artifact in artifacts:
-        _link(_model_link(storage, artifact), storage.artifact_dir(artifact.id))
+        _link(link_of(storage, artifact), storage.artifact_dir(artifact.id))
     if outputs is None:
         return
     outputs.mkdir(parents=True, exist_ok=True)
+    there = {f"checkpoint-{checkpoint.step}" for checkpoint in checkpoints}
+    for folder in outputs.glob("checkpoint-*"):
+        if folder.name not in there:
+            shutil.rmtree(folder, ignore_errors=True)  # links alone
     for checkpoint in checkpoints:
         _link_checkpoint(outputs / f"checkpoint-{checkpoint.step}", storage.root / checkpoint.path)
     if artifacts:
@@ -56,6 +61,10 @@ def _refresh(database: Database, storage: Storage, job_id: str) -> None:
     log = storage.attempt_dir(job.id, job.fence) / "trainer_log.jsonl"
     if log.exists():
         _link(outputs / "trainer_log.jsonl", log)
+    for name in job.resolved_spec.get("trackers") or ():
+        kept = storage.job_dir(job.id) / name
+        if kept.is_dir():
+            _link(outputs / name, kept)
 
 
 def outputs_of(session: Session, storage: Storage, job: Job) -> Path:
@@ -83,7 +92,16 @@ def _outputs_dir(session: Session, storage: Storage, job: Job) -> Path:
     return _people(storage, job.project_id) / "outputs" / name
 
 
-def _model_link(storage: Storage, artifact: Artifact) -> Path:
+def forget(link: Path) -> None:
+    """Takes the link of a deleted artifact away; one that cannot be is logged."""
+    try:
+        link.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("the link %s cannot be taken away: %s", link.name, error)
+
+
+def link_of(storage: Storage, artifact: Artifact) -> Path:
+    """Where people find an artifact."""
     folder = _FOLDERS[artifact.kind]
     if artifact.kind == "model" and artifact.facts.get("imported"):
         folder = "base_models"

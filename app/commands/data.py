@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from app.commands.embedded import service_for
 from app.commands.show import as_json, out, service, table
 
 group = typer.Typer(help="Data to learn from.", no_args_is_help=True)
@@ -18,7 +19,7 @@ def upload(
     json: AsJson = False,
 ) -> None:
     """Uploads and checks a data file."""
-    with service() as client:
+    with service_for() as client:
         answer = client.upload(path, purpose)
     as_json(answer) if json else out.print(f"{answer['id']}  {answer['rows']} rows  {answer['format']}")
 

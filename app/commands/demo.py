@@ -8,28 +8,23 @@ numbers are asked of both through the ``openai`` client.
 
 import importlib.util
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from num2words import num2words
 
 from app.client import Client, ServiceError
+from app.commands.embedded import started, told_to_stop
 from app.commands.show import as_json, fail, finished, follow, out
-from app.processes import die_with_parent
 from app.settings import Settings
 from app.up import running_service
 
@@ -41,7 +36,6 @@ QUESTIONS = 50
 TRAIN_ROWS = 1500
 BELOW = 10_000
 STEPS = 80
-_START_SECONDS = 60
 _TIDY_SECONDS = 60
 
 
@@ -73,7 +67,7 @@ def demo(json: bool = typer.Option(False, "--json", help="Ends with the numbers 
     report = Report()
     began = time.monotonic()
     try:
-        with _told_to_stop(), _service(model, report) as client:
+        with told_to_stop(), _service(model, report) as client:
             tidy(client)
             try:
                 _run(client, model, report)
@@ -108,66 +102,13 @@ def _service(model: Path, report: Report) -> Iterator[Client]:
         with Client.find(settings) as client:
             yield client
         return
-    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    roots = os.pathsep.join([*map(str, settings.model_roots), str(model.parent)])
-    environment = {
-        **os.environ,
-        "TUNESMITH_DATA_DIR": str(settings.data_dir),
-        "TUNESMITH_MODEL_ROOTS": roots,
-        "TUNESMITH_PORT": os.environ.get("TUNESMITH_PORT", "0"),
-    }
-    log_path = settings.data_dir / "demo.log"
-    with open(log_path, "wb", opener=_private) as log:
-        # Ctrl-C reaches only us: the service is needed for tidying up.
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-m", "app.cli", "up"],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-    try:
+    with ExitStack() as stack:
         with report.phase("service up"):
-            client = _wait_for(settings, process, log_path)
-        with client:
-            yield client
-    finally:
-        out.print("» stopping what was started", style="bold")
-        process.send_signal(signal.SIGTERM)
+            client = stack.enter_context(started(settings, [model.parent], settings.data_dir / "demo.log"))
         try:
-            process.wait(90)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _private(path: str, flags: int) -> int:
-    """The log holds the first key."""
-    fd = os.open(path, flags, 0o600)
-    os.fchmod(fd, 0o600)  # it may be there from an earlier demo
-    return fd
-
-
-@contextmanager
-def _told_to_stop() -> Iterator[None]:
-    """SIGTERM and SIGHUP leave the block as SystemExit, once; what is told again does not disturb the tidying up."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        for one in caught:
-            signal.signal(one, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    for number in caught:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in caught:
-            signal.signal(number, before[number])
+            yield client
+        finally:
+            out.print("» stopping what was started", style="bold")
 
 
 def tidy(client: Client, seconds: float = _TIDY_SECONDS) -> None:
@@ -195,20 +136,6 @@ def _end_open_work(client: Client) -> bool:
             found = True
             _stop(client, deployment["id"])
     return found
-
-
-def _wait_for(settings: Settings, process: "subprocess.Popen[bytes]", log: Path) -> Client:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        if running_service(settings) is not None:
-            client = Client.find(settings)
-            try:
-                if not client.call("GET", "/readyz")["degraded"]:
-                    return client
-            except ServiceError:
-                pass
-        time.sleep(0.1)
-    return fail("the service did not come up", f"Its log ends:\n{log.read_text(errors='replace')[-3000:]}")
 
 
 def _run(client: Client, model: Path, report: Report) -> None:

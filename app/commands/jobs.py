@@ -1,123 +1,73 @@
-"""``tunesmith jobs``, ``submit``, ``train``, ``merge``, ``validate``, ``import``."""
+"""``tunesmith jobs`` and ``submit``."""
 
-import re
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from app.client import Client
-from app.commands.show import as_json, fail, finished, follow, out, service, table
-from app.documents import parse_yaml
-from app.errors import AppError
+from app.client import Client, ServiceError
+from app.commands.embedded import service_for
+from app.commands.show import as_json, err, finished, follow, out, service, table
 
 group = typer.Typer(help="Submitted work.", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
-Follow = Annotated[bool, typer.Option("--follow/--no-follow", help="Wait, with a live bar.")]
+Follow = Annotated[bool, typer.Option("--follow", help="Wait, with a live bar.")]
 
 
 def submit(
     path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A job spec, YAML or JSON.")],
-    follow_: Annotated[bool, typer.Option("--follow", help="Wait, with a live bar.")] = False,
+    follow_: Follow = False,
     json: AsJson = False,
 ) -> None:
     """Submits a job spec as it is."""
     media = "application/json" if path.suffix == ".json" else "application/yaml"
-    with service() as client:
-        _submitted(client, client.submit_text(path.read_bytes(), media), follow_, json)
+    with service_for() as client:
+        submitted(client, client.submit_text(path.read_bytes(), media), follow_, json)
 
 
-def train(
-    config: Annotated[Path, typer.Option(help="model, dataset, training, then …")] = Path("config.yaml"),
-    algorithm: Annotated[str | None, typer.Option(help="sft, …")] = None,
-    experiment_name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
-    follow_: Annotated[bool, typer.Option("--follow", help="Wait, with a live bar.")] = False,
-    json: AsJson = False,
-) -> None:
-    """Trains from a config.yaml; dataset paths are uploaded, flags override."""
-    try:
-        spec, _ = parse_yaml(config.read_bytes())
-    except OSError as error:
-        fail(f"{config} cannot be read: {error.strerror}", "Name it with --config.")
-    except AppError as error:
-        fail(f"{config}: {error.message}", error.hint)
-    if not isinstance(spec, dict):
-        fail(f"{config} is not a mapping")
-    spec = {"type": "train", **spec}
-    if algorithm:
-        spec["algorithm"] = algorithm
-    if experiment_name:
-        spec["experiment_name"] = experiment_name
-    with service() as client:
-        _upload_paths(client, spec, config.parent)
-        _submitted(client, client.submit(spec), follow_, json)
+def submitted(
+    client: Client, job: dict[str, Any], wait: bool, json: bool, report: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Shows a job that was submitted; waits for it if that was asked for, or if the service is only here for it.
 
-
-def _upload_paths(client: Client, spec: dict[str, Any], folder: Path) -> None:
-    """Dataset paths of the caller's machine become uploaded files."""
-    dataset = spec.get("dataset")
-    if isinstance(dataset, str):
-        dataset = spec["dataset"] = {"file": dataset}
-    if not isinstance(dataset, dict):
-        return
-    for field in ("file", "eval_file"):
-        value = dataset.get(field)
-        if isinstance(value, str) and not re.fullmatch(r"file-[0-9a-f]{24}", value):
-            path = (folder / value).expanduser()
-            if not path.is_file():
-                fail(f"dataset.{field}: there is no file {path}")
-            dataset[field] = client.upload(path)["id"]
-
-
-def merge(
-    adapter_path: Annotated[str, typer.Option(help="An adapter: artifact:<id>, a registered name or a path.")],
-    base_model: Annotated[str | None, typer.Option(help="Default: the base that the adapter was trained on.")] = None,
-    output_name: Annotated[str | None, typer.Option(help="Name of the merged model.")] = None,
-    torch_dtype: Annotated[str | None, typer.Option(help="Default: the base's.")] = None,
-    json: AsJson = False,
-) -> None:
-    """Merges an adapter into its base, with a proof."""
-    spec = {"adapter": adapter_path, "base_model": base_model, "output_name": output_name, "torch_dtype": torch_dtype}
-    with service() as client:
-        given = {name: value for name, value in spec.items() if value is not None}
-        _submitted(client, client.submit({"type": "merge", **given}), True, json)
-
-
-def validate(
-    model: Annotated[str, typer.Argument(help="A model: artifact:<id>, a registered name or a path.")],
-    json: AsJson = False,
-) -> None:
-    """Loads a model, lets it answer, looks for what is broken."""
-    with service() as client:
-        _submitted(client, client.submit({"type": "validate", "model": model}), True, json)
-
-
-def import_model(
-    path: Annotated[Path, typer.Argument(exists=True, help="A Hugging Face folder, or a .gguf file.")],
-    name: Annotated[str, typer.Option(help="Name in the registry.")],
-    kind: str = "model",
-    json: AsJson = False,
-) -> None:
-    """Registers a model or adapter that lies in a folder under TUNESMITH_MODEL_ROOTS."""
-    spec = {"type": "import", "path": str(path.resolve()), "name": name, "kind": kind}
-    with service() as client:
-        _submitted(client, client.submit(spec), True, json)
-
-
-def _submitted(client: Client, job: dict[str, Any], wait: bool, json: bool) -> None:
-    if not wait:
+    ``report`` prints what it found out, for people. Exits 1 unless the job succeeded.
+    """
+    if not (wait or client.embedded):
         as_json(job) if json else out.print(f"{job['id']}  {job['status']}  {job['experiment_name']}", markup=False)
-        return
-    if json:
-        for _ in client.follow(job["id"]):
-            pass
-        job = client.call("GET", f"/jobs/{job['id']}")
-        as_json(job)
-    else:
-        job = follow(client, job["id"], job["algorithm"] or job["type"])
+        return job
+    try:
+        if json:
+            for _ in client.follow(job["id"]):
+                pass
+            job = client.call("GET", f"/jobs/{job['id']}")
+            as_json(job)
+        else:
+            job = follow(client, job["id"], job["algorithm"] or job["type"])
+    except KeyboardInterrupt:
+        _let_go(client, job["id"])
+        raise
+    except ServiceError as error:
+        if error.status in (0, 503):  # e.g. another command's service, which ended with that command
+            error.hint = f"The job is kept: tunesmith up, then tunesmith jobs follow {job['id']}"
+        raise
+    if report and not json:
+        report(job)
     finished(client, job)
     if not json:
         out.print(f"{job['id']} succeeded: {', '.join(job['artifact_ids']) or 'no artifacts'}", markup=False)
+    return job
+
+
+def _let_go(client: Client, job_id: str) -> None:
+    """Ctrl-C: a job of a service that stays goes on; one of ours is put on hold, or it would begin again by itself."""
+    if not client.embedded:
+        err.print(f"{job_id} goes on; tunesmith jobs follow {job_id}, or tunesmith jobs cancel {job_id}", markup=False)
+        return
+    with contextlib.suppress(ServiceError):
+        client.call("POST", f"/jobs/{job_id}/pause")
+    err.print(f"{job_id} is on hold; go on with tunesmith up and tunesmith jobs resume {job_id}", markup=False)
 
 
 @group.command("list")

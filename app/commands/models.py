@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.commands import folders
 from app.commands.show import as_json, finished, follow, out, service, table
 
 group = typer.Typer(help="Models being served.", no_args_is_help=True)
@@ -17,11 +18,12 @@ def deploy(
     json: AsJson = False,
 ) -> None:
     """Serves a model and waits until it answers."""
-    served = name or model.rsplit("/", 1)[-1].replace(":", "-")
+    served = name or model.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
     spec: dict[str, Any] = {"type": "deploy", "model": model, "name": served}
     if max_model_len:
         spec["max_model_len"] = max_model_len
     with service() as client:
+        spec["model"] = folders.reference(client, model)
         job = client.submit(spec)
         job = client.call("GET", f"/jobs/{job['id']}") if json else job
         job = follow(client, job["id"], "deploy") if not json else _wait(client, job["id"])

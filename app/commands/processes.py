@@ -41,7 +41,10 @@ def migrate(
     """Brings the database to this program's schema; a new database gets its first API key."""
     settings = Settings()
     if not check:
-        schema.upgrade(settings)
+        try:
+            schema.upgrade(settings)
+        except schema.Unusable as error:
+            fail(str(error))
         ensure_first_key(settings, lambda text: typer.echo(text, err=json))
     else:
         # Against a database of its own, so that it needs no service and touches no data.

@@ -17,6 +17,8 @@ from app.settings import Settings
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+# What else is told of a run beside its warnings: how it came to its end, and what it came to.
+_TOLD = ("stopped_early", "best_checkpoint_loaded", "learning_checked", "learning_not_measured")
 
 
 def fail(message: str, hint: str | None = None) -> NoReturn:
@@ -91,6 +93,8 @@ def follow(client: Client, job_id: str, label: str) -> dict[str, Any]:
         for event, data in client.follow(job_id):
             if event == "event" and data.get("level") in ("warn", "error"):
                 out.print(f"  {data['level']}: {data['message']}", style="yellow", markup=False)
+            elif event == "event" and data.get("code") in _TOLD:
+                out.print(f"  {data['message']}", markup=False)
             if event == "progress":
                 step, total = data.get("step") or 0, data.get("total_steps")
                 phase = data.get("phase") or data["status"]

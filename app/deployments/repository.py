@@ -7,15 +7,7 @@ from sqlalchemy import Select, and_, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.models import Deployment, Job, now
-from app.states import DEPLOYMENT_MOVES, TERMINAL, DeploymentState
-
-LIVE = (
-    DeploymentState.QUEUED,
-    DeploymentState.STARTING,
-    DeploymentState.READY,
-    DeploymentState.UNHEALTHY,
-    DeploymentState.SLEEPING,
-)
+from app.states import DEPLOYMENT_LIVE, DEPLOYMENT_MOVES, TERMINAL, DeploymentState
 
 
 def get(session: Session, project_id: str, deployment_id: str) -> Deployment | None:
@@ -27,7 +19,7 @@ def live_by_name(session: Session, project_id: str, name: str) -> Deployment | N
     """The deployment that is, or is about to be, reachable by a name."""
     return session.scalar(
         select(Deployment).where(
-            Deployment.project_id == project_id, Deployment.name == name, Deployment.status.in_(LIVE)
+            Deployment.project_id == project_id, Deployment.name == name, Deployment.status.in_(DEPLOYMENT_LIVE)
         )
     )
 
@@ -36,7 +28,7 @@ def live(session: Session, project_id: str) -> Sequence[Deployment]:
     """Everything that is being served, newest first."""
     return session.scalars(
         select(Deployment)
-        .where(Deployment.project_id == project_id, Deployment.status.in_(LIVE))
+        .where(Deployment.project_id == project_id, Deployment.status.in_(DEPLOYMENT_LIVE))
         .order_by(Deployment.created_at.desc())
     ).all()
 
@@ -59,7 +51,7 @@ def orphans() -> Select[Deployment, Job]:
     return (
         select(Deployment, Job)
         .join(Job, Job.id == Deployment.replica_job_id)
-        .where(Deployment.status.in_(LIVE), Job.state.in_([str(state) for state in TERMINAL]))
+        .where(Deployment.status.in_(DEPLOYMENT_LIVE), Job.state.in_([str(state) for state in TERMINAL]))
     )
 
 

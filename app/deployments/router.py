@@ -3,23 +3,14 @@
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
 
 from app.db import after_commit
 from app.deployments import service
 from app.deployments.schemas import DeploymentIn, DeploymentOut
 from app.deps import After, Limit, Reader, RoomsDep, Server
-from app.paging import Page
+from app.paging import Deleted, Page
 
 router = APIRouter(prefix="/deployments", tags=["deployments"])
-
-
-class Deleted(BaseModel):
-    """Answer to a DELETE."""
-
-    id: str
-    object: str = Field(examples=["deployment"])
-    deleted: bool = True
 
 
 @router.post("", status_code=201, summary="Serve a model")

@@ -220,7 +220,7 @@ def _element(window: _Window) -> Any:
 def _object(value: Any, unit: Unit, place: int) -> Row:
     if not isinstance(value, dict):
         return Row(unit, place, None, Fault("", f"a row must be a JSON object, not {kind(value)}"))
-    if _depth_over(value, MAX_DEPTH):
+    if deeper_than(value, MAX_DEPTH):
         return Row(unit, place, None, Fault("", f"nested deeper than {MAX_DEPTH} levels"))
     return Row(unit, place, value)
 
@@ -246,7 +246,7 @@ def _json_fault(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {quote(str(error))}"
 
 
-def _depth_over(value: Any, limit: int) -> bool:
+def deeper_than(value: Any, limit: int) -> bool:
     """Level by level, so that depth costs no stack."""
     level = [value]
     for _ in range(limit):

@@ -7,20 +7,27 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from app.files.json_rows import Fault, Row, Unit, kind, quote, read_objects
 from app.files.preferences import PREFERENCE_FIELDS, from_preference, from_prompt
+from app.files.tools import Tool, numbered, tools_of
 from app.files.turns import Message, RowError, field_of, items, message, sharegpt_turn, text
 
-Format = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "preference", "prompt"]
+Format = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "preference", "prompt", "text"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 CONVERSATIONS: frozenset[Format] = frozenset({"messages", "prompt_completion", "alpaca", "sharegpt"})
+CHATS: frozenset[Format] = CONVERSATIONS - {"prompt_completion"}
+"""What only a chat template can make a text of."""
+WITH_TOOLS: frozenset[Format] = frozenset({"messages", "sharegpt"})
 PAIRS = (("prompt", "completion"), ("question", "answer"))
 
 
 class Example(NamedTuple):
-    """A row: a conversation, or what comes before the two answers of a preference, or a prompt alone."""
+    """A row: a conversation, or what comes before the two answers of a preference, or a prompt alone, or a text."""
 
     messages: list[Message]
     chosen: list[Message] = []
     rejected: list[Message] = []
+    text: str = ""
+    tools: list[Tool] = []
+    """What the assistant could call."""
 
 
 class Problem(NamedTuple):
@@ -64,16 +71,23 @@ def detect(row: Mapping[str, Any]) -> Format | None:
         return "prompt_completion"
     if "instruction" in row and "output" in row:
         return "alpaca"
-    return "prompt" if "prompt" in row else None
+    if "prompt" in row:
+        return "prompt"
+    return "text" if "text" in row else None
 
 
 def to_example(row: Mapping[str, Any], format: Format) -> Example:
     """The row, checked. Raises RowError naming the field at fault."""
     if format == "preference":
-        return Example(*from_preference(row))
+        prompt, chosen, rejected = from_preference(row)
+        inside = row.get("input")
+        offered = inside if "tools" not in row and isinstance(inside, dict) else row
+        return Example(prompt, chosen, rejected, tools=tools_of(offered))
     if format == "prompt":
         return Example(from_prompt(row))
-    return Example(to_messages(row, format))
+    if format == "text":
+        return Example([], text=field_of(row, "text", needed=True))
+    return Example(to_messages(row, format), tools=tools_of(row) if format in WITH_TOOLS else [])
 
 
 def to_messages(row: Mapping[str, Any], format: Format) -> list[Message]:
@@ -82,6 +96,8 @@ def to_messages(row: Mapping[str, Any], format: Format) -> list[Message]:
         raise RowError("chosen", "chosen and rejected belong to preference training (reward, dpo), not here")
     if format == "prompt":
         raise RowError("prompt", "a prompt without an answer belongs to ppo and grpo; here an answer is needed")
+    if format == "text":
+        raise RowError("text", "plain text belongs to pretrain; here a conversation is needed")
     convert = {
         "messages": _from_messages,
         "prompt_completion": _from_pair,
@@ -97,7 +113,7 @@ def to_messages(row: Mapping[str, Any], format: Format) -> list[Message]:
         raise RowError(name, "only assistant turns; at least one message must come from someone else")
     if all(message.get("weight") == 0 for message in answers):
         raise RowError(name, "every assistant message has weight 0, so there is nothing to learn")
-    return messages
+    return numbered(messages)
 
 
 def check(path: Path, format: Format | Literal["auto"] = "auto", max_problems: int = 20) -> FileReport:
@@ -113,7 +129,7 @@ def check(path: Path, format: Format | Literal["auto"] = "auto", max_problems: i
             except RowError as error:
                 fault = Fault(error.field, error.message)
             else:
-                asked = sum(len(turn["content"]) for turn in example.messages)
+                asked = sum(len(turn["content"]) for turn in example.messages) + len(example.text)
                 answers = [sum(len(turn["content"]) for turn in part) for part in (example.chosen, example.rejected)]
                 report.longest_row = max(report.longest_row, asked + max(answers))
         if fault:
@@ -130,12 +146,17 @@ def read(path: Path, format: Format | Literal["auto"] = "auto") -> Iterator[list
     return (example.messages for example in _examples(path, format, CONVERSATIONS))
 
 
+def read_chats(path: Path, format: Format | Literal["auto"] = "auto") -> Iterator[Example]:
+    """As ``read``, with the tools that each row offers. Raises RowError."""
+    return _examples(path, format, CONVERSATIONS)
+
+
 def read_pairs(path: Path) -> Iterator[Example]:
     """The preferences of a file in order. Raises RowError with its place at the first row that is none."""
     return _examples(path, "auto", frozenset({"preference"}))
 
 
-def read_judged(path: Path, format: Format | Literal["auto"] = "auto") -> Iterator[tuple[list[Message], bool]]:
+def read_judged(path: Path, format: Format | Literal["auto"] = "auto") -> Iterator[tuple[Example, bool]]:
     """Conversations with the row's ``label``: whether the last answer is a good one. Raises RowError."""
     for row, example in _rows(path, format, CONVERSATIONS):
         label = row.value.get("label") if row.value is not None else None
@@ -144,16 +165,26 @@ def read_judged(path: Path, format: Format | Literal["auto"] = "auto") -> Iterat
             raise RowError("label", f"{said}: each row says whether its answer is a good one", row.place, row.unit)
         if example.messages[-1]["role"] != "assistant":
             raise RowError("messages", "must end with the answer that the label judges", row.place, row.unit)
-        yield example.messages, label
+        yield example, label
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a file in order. Raises RowError with its place at the first row that is none."""
+    return (example.text for example in _examples(path, "auto", frozenset({"text"})))
 
 
 def read_prompts(path: Path, format: Format | Literal["auto"] = "auto") -> Iterator[list[Message]]:
     """What each row asks: everything before its last answer. Raises RowError."""
-    for example in _examples(path, format, frozenset(FORMATS)):
+    return (example.messages for _, example in read_asked(path, format))
+
+
+def read_asked(path: Path, format: Format | Literal["auto"] = "auto") -> Iterator[tuple[Row, Example]]:
+    """What each row asks, without its last answer, beside the row with all its columns. Raises RowError."""
+    for row, example in _rows(path, format, frozenset(FORMATS) - {"text"}):
         turns = list(example.messages)
         while turns and turns[-1]["role"] == "assistant":
             turns.pop()
-        yield turns
+        yield row, example._replace(messages=turns)
 
 
 def _examples(path: Path, format: Format | Literal["auto"], wanted: frozenset[Format]) -> Iterator[Example]:
@@ -178,6 +209,8 @@ def _rows(path: Path, format: Format | Literal["auto"], wanted: frozenset[Format
 def _refuse(row: Mapping[str, Any], wanted: frozenset[Format]) -> None:
     if wanted == {"preference"}:
         raise RowError("chosen", "is missing: each row needs a chosen and a rejected answer to the same prompt")
+    if wanted == {"text"}:
+        raise RowError("text", f"is missing: this row is {detect(row)}, and plain text is needed")
     to_messages(row, detect(row) or "messages")  # says why
 
 
@@ -190,7 +223,7 @@ def _normalise(row: dict[str, Any], shape: Format | None) -> tuple[Format, Examp
     found = detect(row)
     if shape is None:
         if found is None:
-            known = "messages, prompt + completion, instruction + output, conversations, or chosen + rejected"
+            known = "messages, prompt + completion, instruction + output, conversations, chosen + rejected, or text"
             raise RowError("", f"unknown shape: fields {quote(sorted(row))}; expected {known}")
         shape = found
     elif found not in (shape, None):

@@ -44,10 +44,10 @@ def received(upload: BinaryIO, filename: str, settings: Settings) -> Iterator[tu
     if storage.free_bytes() < settings.min_free_bytes:
         raise InsufficientStorage("the disk is nearly full", hint="Free space in the data directory.")
     folder = storage.file_path("incoming")
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / new_id("upload")
     digest, size = hashlib.sha256(), 0
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
             while chunk := upload.read(_CHUNK):
                 size += len(chunk)

@@ -1,12 +1,16 @@
 """One turn of a conversation, read strictly: every fault names its field (stdlib only)."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from app.files.json_rows import Unit, kind, quote
+from app.files.json_rows import MAX_DEPTH, Unit, deeper_than, kind, quote
 
 Message = dict[str, Any]
-"""``role`` (system, user, assistant, tool), ``content``, and where given ``weight``, ``tool_calls``, ``name``."""
+"""``role`` (system, user, assistant, tool), ``content``, and where given ``weight``, ``tool_calls``, ``name``.
+
+``tool_calls`` are as in OpenAI's API, but for their arguments, which are an object: that is what templates take.
+"""
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 SHAREGPT_ROLES = {
@@ -42,8 +46,10 @@ def message(turn: Any, where: str) -> Message:
         raise RowError(f"{where}.role", f"{what}; known are {known}")
     made: Message = {"role": ROLES[role]}
     calls = turn.get("tool_calls")
-    if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
-        raise RowError(f"{where}.tool_calls", "must be a list of objects")
+    if calls is not None:
+        calls = tool_calls(calls, f"{where}.tool_calls")
+    if calls and role != "assistant":
+        raise RowError(f"{where}.tool_calls", f"only the assistant calls tools, and this is a {role} turn")
     content = turn.get("content")
     if isinstance(content, list):
         content = _join_parts(content, f"{where}.content")
@@ -83,7 +89,59 @@ def sharegpt_turn(turn: Any, where: str) -> Message:
     role = SHAREGPT_ROLES[speaker]
     if turn.get("value") is None:
         raise RowError(f"{where}.value", "value is missing")
-    return {"role": role, "content": text(turn["value"], f"{where}.value", needed=role == "assistant")}
+    value = text(turn["value"], f"{where}.value", needed=role == "assistant")
+    if speaker == "function_call":
+        called = from_json(value, f"{where}.value")
+        calls = tool_calls(called if isinstance(called, list) else [called], f"{where}.value")
+        return {"role": role, "content": "", "tool_calls": calls}
+    return {"role": role, "content": value}
+
+
+def tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Calls in OpenAI's shape, or bare ``{"name": …, "arguments": …}``; arguments may be JSON text. Raises RowError."""
+    if not isinstance(calls, list):
+        raise RowError(where, f"must be a list of calls, not {kind(calls)}")
+    return [_call(call, f"{where}[{index}]") for index, call in enumerate(calls)]
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    if not isinstance(call, dict):
+        raise RowError(where, f"must be an object, not {kind(call)}")
+    if call.get("type", "function") != "function":
+        raise RowError(f"{where}.type", f"must be function, not {quote(call['type'])}")
+    wrapped = "function" in call
+    inner, place = (call["function"], f"{where}.function") if wrapped else (call, where)
+    if not isinstance(inner, dict):
+        raise RowError(place, f"must be an object with name and arguments, not {kind(inner)}")
+    if inner.get("name") is None:
+        raise RowError(f"{place}.name", "is missing")
+    name = text(inner["name"], f"{place}.name", needed=True)
+    arguments = inner.get("arguments")
+    if isinstance(arguments, str):
+        arguments = from_json(arguments, f"{place}.arguments") if arguments.strip() else {}
+    if not isinstance(arguments, dict):
+        what = "are missing" if arguments is None else f"must be an object, not {kind(arguments)}"
+        raise RowError(f"{place}.arguments", what)
+    text(json.dumps(arguments, ensure_ascii=False), f"{place}.arguments")
+    made: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    if call.get("id") is not None:
+        made["id"] = text(call["id"], f"{where}.id")
+    return made
+
+
+def from_json(value: str, where: str) -> Any:
+    """What a text holds that must be JSON. Raises RowError."""
+    try:
+        found = json.loads(value, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise RowError(where, f"must be JSON: {error}") from None
+    if isinstance(found, dict | list) and deeper_than(found, MAX_DEPTH):
+        raise RowError(where, f"nested deeper than {MAX_DEPTH} levels")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def items(row: Mapping[str, Any], name: str) -> list[Any]:

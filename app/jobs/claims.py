@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, aliased
 from app.fleet import repository as fleet
 from app.jobs import repository
 from app.jobs.placement import ON_A_GPU, Board, Device, Need, Spot, best_for
-from app.models import Job, Slot, Sweep, Worker, now
+from app.models import Job, Slot, Sweep, Worker, now, steady_now
 from app.states import JobState
 
 NO_CAPACITY = "no_capacity"
@@ -32,7 +32,7 @@ def claim(
     Order: jobs for which another one was asked to make room, then the project with the fewest busy slots, then
     priority, then age. A job that needs more than is idle keeps what there is free: nobody behind it takes that.
     """
-    at = at or now()
+    at = at or steady_now()
     board = fleet.board_of(session, worker_id)
     own = _own(board, worker_id, slot_id, classes)
     if own is None:
@@ -155,7 +155,7 @@ def _take(
         "hb_seq": Job.hb_seq + 1,
         "worker_id": worker_id,
         "slot_id": slot_id,
-        "started_at": func.coalesce(Job.started_at, at),
+        "started_at": func.coalesce(Job.started_at, now()),
         "hold_reason": None,
         "preempt_for": None,
         "claimed_at": at,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
@@ -14,7 +14,6 @@ from app.models import Job
 from app.states import JobState
 
 _AT_ONCE = 100
-_TOLERANCE = timedelta(seconds=1)
 
 
 def overdue(session: Session, at: datetime) -> list[Job]:
@@ -63,15 +62,9 @@ def delayed(session: Session, at: datetime) -> list[Delayed]:
     return [Delayed(job_id, fence, until, delay) for job_id, fence, until, delay in rows if until is not None]
 
 
-def too_far(job: Delayed, at: datetime) -> bool:
-    """Whether the clock was set back since: the job would wait longer than it was told to."""
-    return job.not_before > at + timedelta(seconds=job.delay_seconds) + _TOLERANCE
-
-
-def reset(session: Session, jobs: Sequence[Delayed], not_before: datetime | None) -> None:
-    """Gives jobs a new time, or none, unless something has happened to them since."""
+def let_start(session: Session, jobs: Sequence[Delayed]) -> None:
+    """Ends the waits of jobs, unless something has happened to them since."""
     for job in jobs:
-        at = not_before + timedelta(seconds=job.delay_seconds) if not_before else None
         session.execute(
             update(Job)
             .where(
@@ -80,5 +73,5 @@ def reset(session: Session, jobs: Sequence[Delayed], not_before: datetime | None
                 Job.fence == job.fence,
                 Job.not_before == job.not_before,
             )
-            .values(not_before=at)
+            .values(not_before=None)
         )

@@ -3,7 +3,8 @@
 The sum, in 10⁹ bytes, times 1.1 for fragmentation:
 
 * weights: parameters from the safetensors headers × 2 bytes (float32: 4), of QLoRA's linear layers 0.52 or 0.57;
-* what is trained: 16 bytes a parameter (float32 weight, gradient, Adam's two moments); of LoRA r × (in + out) a module;
+* what is trained: 16 bytes a parameter (float32 weight, gradient, Adam's two moments; by ``optim`` fewer); of LoRA
+  r × (in + out) a module;
 * activations: tokens × layers × (12 hidden + 4 intermediate) values, and the inputs of each adapter in float32, where
   tokens is batch × max_length; with gradient checkpointing one layer's and every layer's input;
 * logits: tokens × vocabulary × 10 bytes (float32: 12), for the loss and its gradient;
@@ -19,16 +20,21 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from app import fit
 from app.artifacts import inspect, references
 from app.errors import AppError
 from app.settings import Settings
 from app.specs import JobSpec, TrainSpec
+from app.targets import Targets, ends
 
 # Sequences a row becomes, for the algorithms that hold one model and train on rows as they are.
 _SEQUENCES = {"sft": 1, "reward": 2}
 _OVERHEAD_GB = 1.0
 _FRAGMENTATION = 1.1
 _TRAINED = 16
+# Adam's moments in bytes; where they are paged, they need not lie on the GPU; Adafactor keeps sums of rows and columns.
+_TRAINED_BY = {"adamw_8bit": 10, "adamw_bnb_8bit": 10, "paged_adamw_8bit": 8, "paged_adamw_32bit": 8}
+_TRAINED_BY |= {"adafactor": 9, "sgd": 8}
 _APART = ("embed_tokens", "lm_head")
 
 
@@ -66,7 +72,7 @@ def of_folder(spec: TrainSpec, folder: Path) -> float | None:
     training = spec.training
     tokens = training.per_device_train_batch_size * training.max_length * _SEQUENCES[spec.algorithm]
     width = 4 if spec.model.dtype == "float32" else 2
-    parameters, adapter_inputs = trained(spec, shapes)
+    parameters, adapter_inputs = trained(spec, shapes, config)
     layer = width * (12 * hidden + 4 * inner)
     # An adapter's input in float32, and a byte of mask for its dropout.
     adapters = 5.0 * adapter_inputs / layers
@@ -75,7 +81,7 @@ def of_folder(spec: TrainSpec, folder: Path) -> float | None:
     )
     total = (
         _weights(spec, shapes, width)
-        + parameters * _TRAINED
+        + parameters * _TRAINED_BY.get(training.optim, _TRAINED)
         + tokens * kept
         + tokens * vocabulary * (12 if width == 4 else 10)
     )
@@ -95,21 +101,28 @@ def _weights(spec: TrainSpec, shapes: dict[str, list[int]], width: int) -> float
     )
 
 
-def trained(spec: TrainSpec, shapes: dict[str, list[int]]) -> tuple[float, float]:
+def trained(spec: TrainSpec, shapes: dict[str, list[int]], config: dict[str, Any]) -> tuple[float, float]:
     """Parameters that are trained, and the widths of all adapters' inputs together."""
     peft = spec.model.peft_config
     if spec.model.method == "full" or peft is None:
         return float(sum(math.prod(shape) for shape in shapes.values())), 0.0
-    targets = peft.module_names()
+    targets = fit.targets_of(peft, config, shapes) or Targets(())
     count, inputs = 0.0, 0.0
     for name, shape in shapes.items():
-        module = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        if module in (peft.modules_to_save or []):
+        path = name.removesuffix(".weight")
+        if any(ends(path, whole) for whole in peft.modules_to_save or []):
             count += math.prod(shape)
-        elif _is_linear(name, shape) and (targets == "all-linear" or module in targets):
-            count += peft.r * (shape[0] + shape[1])
+        elif _is_linear(name, shape) and _is_adapted(path, targets):
+            count += fit.by_pattern(peft.rank_pattern, path, peft.r) * (shape[0] + shape[1])
+            count += shape[0] if peft.use_dora else 0
             inputs += shape[1]
     return count, inputs
+
+
+def _is_adapted(path: str, targets: Targets) -> bool:
+    if ".experts." in path:
+        return bool(targets.parameters)
+    return not targets.modules or any(ends(path, name) for name in targets.modules)
 
 
 def _is_linear(name: str, shape: list[int]) -> bool:

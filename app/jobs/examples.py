@@ -38,6 +38,14 @@ dataset: {file: file-0b7c1d2e3f405162738495a6}
 training: {max_steps: 60, learning_rate: 2e-4}
 """
 
+_EVALUATE: dict[str, Any] = {
+    "type": "evaluate",
+    "model": "support:v3",
+    "dataset": {"file": "file-0b7c1d2e3f405162738495a6"},
+    "graders": [{"type": "number_match", "reference": "{{item.answer}}"}],
+    "gate": {"wants": "better"},
+}
+
 BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -48,6 +56,7 @@ BODY: dict[str, Any] = {
                     "sft_lora": {"summary": "LoRA fine-tune, then merge, validate, deploy", "value": _SFT},
                     "merge": {"summary": "Merge an adapter into its base", "value": _MERGE},
                     "validate": {"summary": "Check a model", "value": {"type": "validate", "model": "support_merged"}},
+                    "evaluate": {"summary": "Score a model beside its base", "value": _EVALUATE},
                     "deploy": {
                         "summary": "Serve a model",
                         "value": {"type": "deploy", "model": "support_merged", "name": "support"},

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from app.catalog import Catalog
 from app.documents import parse_json, parse_yaml
 from app.errors import BadRequest, Code, UnsupportedMediaType
-from app.specs import NAME_PATTERN, JobSpec, Spec
+from app.specs import NAME_PATTERN, JobSpec, Spec, TrainSpec
 
 _CODES = {
     "missing": Code.MISSING_FIELD,
@@ -30,6 +30,8 @@ _KINDS = {
     "model_type": "an object: { … }",
     "model_attributes_type": "an object: { … }",
 }
+_CODE = "Code never comes in through the API; an operator adds graders as a package (TUNESMITH_PLUGIN_PACKAGES)."
+_NEVER = {"python": _CODE}
 _BOUNDS = {
     "ge": "at least {}",
     "gt": "more than {}",
@@ -80,19 +82,37 @@ def validate_spec(data: Any, catalog: Catalog, raw: Any = None) -> Intake:
     warnings: list[str] = []
     clean = _old_names(data, spec_class, "", warnings)
     try:
-        return Intake(spec_class.model_validate(clean), data, warnings)
+        return _checked(Intake(spec_class.model_validate(clean), data, warnings), catalog)
     except ValidationError as error:
-        mended = _text_where_asked(clean, raw, error) if raw is not None else None
+        mended = _text_where_asked(clean, raw, error, spec_class) if raw is not None else None
         if mended is not None:
             try:
-                return Intake(spec_class.model_validate(mended), mended, warnings)
+                return _checked(Intake(spec_class.model_validate(mended), mended, warnings), catalog)
             except ValidationError as second:
                 error = second
         raise describe(error, spec_class) from error
 
 
+def _checked(intake: Intake, catalog: Catalog) -> Intake:
+    """What only the catalog knows: which trackers there are."""
+    names = intake.spec.trackers if isinstance(intake.spec, TrainSpec) else []
+    installed = [name for name, tracker in catalog.trackers.items() if tracker.installed]
+    for place, name in enumerate(names):
+        if name not in catalog.trackers:
+            raise _unknown(f"trackers.{place}", name, sorted(catalog.trackers), Code.INVALID_VALUE)
+        if name not in installed:
+            raise BadRequest(
+                f"trackers.{place}: {name} is not installed here",
+                param=f"trackers.{place}",
+                hint=f"Install {catalog.trackers[name].needs} beside the service; here are: {', '.join(installed)}.",
+            )
+    return intake
+
+
 def _choose(data: dict[str, Any], catalog: Catalog) -> type[JobSpec]:
-    type_ = data.get("type")
+    # A model and something to learn from: the guide's config needs no more.
+    training = isinstance(data.get("model"), dict) and isinstance(data.get("dataset"), dict)
+    type_ = data.get("type", "train" if training else None)
     if type_ is None:
         raise BadRequest(
             "type is missing", param="type", code=Code.MISSING_FIELD, hint=f"One of: {', '.join(catalog.job_types())}."
@@ -101,7 +121,7 @@ def _choose(data: dict[str, Any], catalog: Catalog) -> type[JobSpec]:
         raise _unknown("type", type_, catalog.job_types(), Code.INVALID_VALUE)
     algorithm = None
     if type_ == "train":
-        algorithm = data.get("algorithm")
+        algorithm = data.get("algorithm", "sft" if training else None)
         names = sorted(catalog.recipes)
         if algorithm is None:
             raise BadRequest(
@@ -164,14 +184,14 @@ def _spec_in(annotation: Any) -> type[BaseModel] | None:
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
 
 
-def _text_where_asked(data: Any, raw: Any, error: ValidationError) -> Any:
+def _text_where_asked(data: Any, raw: Any, error: ValidationError, spec: type[BaseModel]) -> Any:
     """Puts back the text of YAML scalars that a string field wanted; None when there is nothing to put back."""
     changed = False
     for problem in error.errors(include_url=False, include_context=False):
         if problem["type"] != "string_type":
             continue
         target, source = data, raw
-        *parents, last = problem["loc"]
+        *parents, last = _place(spec, problem["loc"]).steps
         try:
             for step in parents:
                 target, source = target[step], source[step]
@@ -188,18 +208,25 @@ def describe(error: ValidationError, spec: type[BaseModel]) -> BadRequest:
     problems = error.errors(include_url=False)
     first = problems[0]
     context = first.get("ctx") or {}
-    location = _path(first)
+    place = _place(spec, first["loc"])
+    location = [str(step) for step in place.steps]
     code = _CODES.get(first["type"], Code.INVALID_TYPE if first["type"].endswith("_type") else Code.INVALID_VALUE)
     hint = context.get("hint")
     message = first["msg"][0].lower() + first["msg"][1:]
     if code is Code.CONFLICTING_FIELDS:
         location = [*location, context["field"]]
         message = context["reason"]
+    elif first["type"] == "union_tag_not_found":
+        code, location = Code.MISSING_FIELD, [*location, "type"]
+        message, hint = f"{'.'.join(location)} is missing", f"One of: {', '.join(place.tags)}."
+    elif first["type"] == "union_tag_invalid":
+        location = [*location, "type"]
+        unknown = _unknown(".".join(location), context["tag"], place.tags, code)
+        message, hint = unknown.message, _NEVER.get(context["tag"], unknown.hint)
     elif code is Code.UNKNOWN_FIELD:
-        names = _fields_at(spec, location[:-1])
-        near = difflib.get_close_matches(location[-1], names, 1, cutoff=0.5)
+        near = difflib.get_close_matches(location[-1], place.beside, 1, cutoff=0.5)
         message = f"{'.'.join(location)} is not a field here"
-        hint = f"Did you mean {near[0]}?" if near else f"Fields here: {', '.join(names)}."
+        hint = f"Did you mean {near[0]}?" if near else f"Fields here: {', '.join(place.beside)}."
     elif code is Code.MISSING_FIELD:
         message = f"{'.'.join(location)} is missing"
     param = ".".join(location)
@@ -207,15 +234,17 @@ def describe(error: ValidationError, spec: type[BaseModel]) -> BadRequest:
         message = f"{param}: {message}"
     if len(problems) > 1:
         message += f" (and {len(problems) - 1} more problem{'s' if len(problems) > 2 else ''})"
-    hint = hint or _what_to_write(code, problems, location, spec)
+    hint = hint or _what_to_write(code, problems, place, spec)
     return BadRequest(message, param=param or None, code=code, hint=hint)
 
 
-def _what_to_write(code: Code, problems: list[ErrorDetails], location: list[str], spec: type[BaseModel]) -> str:
+def _what_to_write(code: Code, problems: list[ErrorDetails], place: "Place", spec: type[BaseModel]) -> str:
     """What the field takes: its type, its range, or else its description."""
-    same = [problem for problem in problems if _path(problem) == location]  # a union has one for each member
-    field = _field_at(spec, location)
-    about = f" {field.description}" if field and field.description else ""
+    # A union has a problem for each member.
+    same = [problem for problem in problems if _place(spec, problem["loc"]).steps == place.steps]
+    info = place.info
+    location = [str(step) for step in place.steps]
+    about = f" {info.description}" if info and info.description else ""
     if code is Code.MISSING_FIELD:
         return f"Add {'.'.join(location)}.{about}"
     kinds = dict.fromkeys(_KINDS[problem["type"]] for problem in same if problem["type"] in _KINDS)
@@ -227,33 +256,63 @@ def _what_to_write(code: Code, problems: list[ErrorDetails], location: list[str]
     if context.get("pattern") == NAME_PATTERN:
         return "Letters, digits, dots, dashes and underscores, at most 63; the first is a letter or a digit."
     limits = {name: context[name] for name in _BOUNDS if name in context}
-    for rule in field.metadata if field and limits else ():
+    for rule in info.metadata if info and limits else ():
         limits |= {name: value for name in _BOUNDS if (value := getattr(rule, name, None)) is not None}
     if limits:
         return f"Allowed: {' and '.join(_BOUNDS[name].format(limits[name]) for name in _BOUNDS if name in limits)}."
     return about.strip() or "See /docs for what this field takes."
 
 
-def _path(problem: ErrorDetails) -> list[str]:
-    """The location without the names that pydantic adds for members of a union."""
-    return [
-        str(step) for step in problem["loc"] if not (isinstance(step, str) and ("[" in step or step in ("str", "list")))
-    ]
+@dataclass
+class Place:
+    """Where in a spec something stands."""
+
+    steps: list[str | int] = field(default_factory=list)
+    """Names and indices, without the names that pydantic adds for members of a union."""
+    info: FieldInfo | None = None
+    """The field at the end."""
+    beside: list[str] = field(default_factory=list)
+    """All fields where the last step stands."""
+    tags: list[str] = field(default_factory=list)
+    """What ``type`` may be there, where it selects."""
 
 
-def _field_at(spec: type[BaseModel], path: list[str]) -> FieldInfo | None:
-    current: type[BaseModel] | None = spec
-    found = None
-    for step in path:
-        found = current.model_fields.get(step) if current else None
-        current = _spec_in(found.annotation) if found else None
-    return found
+def _place(spec: type[BaseModel], loc: tuple[str | int, ...]) -> Place:
+    place = Place()
+    options: list[Any] = [spec]
+    for step in loc:
+        if isinstance(step, str) and ("[" in step or step in ("str", "list")):
+            continue
+        tagged = _tagged(options)
+        if step in tagged:
+            options = [tagged[str(step)]]
+            continue
+        place.steps.append(step)
+        models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        place.beside = sorted({name for model in models for name in model.model_fields})
+        place.info = next((model.model_fields[step] for model in models if step in model.model_fields), None)
+        inner = (
+            [place.info.annotation]
+            if place.info
+            else [typing.get_args(option)[-1] for option in options if typing.get_origin(option) in (list, dict)]
+        )
+        options = [member for annotation in inner for member in _members(annotation)]
+    place.tags = sorted(_tagged(options))
+    return place
 
 
-def _fields_at(spec: type[BaseModel], path: list[str]) -> list[str]:
-    current: type[BaseModel] | None = spec
-    for step in path:
-        if current is None or step not in current.model_fields:
-            return []
-        current = _spec_in(current.model_fields[step].annotation)
-    return sorted(current.model_fields) if current else []
+def _tagged(options: list[Any]) -> dict[str, Any]:
+    """Members of a union by their ``type``; empty where there is nothing to choose."""
+    models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+    if len(models) < 2:
+        return {}
+    return {model.model_fields["type"].default: model for model in models if "type" in model.model_fields}
+
+
+def _members(annotation: Any) -> list[Any]:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [member for option in typing.get_args(annotation) for member in _members(option)]
+    return [annotation]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from app.errors import BadRequest, Code
-from app.specs import DeploySpec, JobSpec, TrainSpec
+from app.specs import DeploySpec, JobSpec
 
 Left = Literal["adapter", "model", "reward"]
 _MODEL_MAKERS = ("merge", "import")
@@ -25,7 +25,7 @@ def check(consumer: JobSpec, path: str, field_kind: str, source: str, left: Left
     Raises BadRequest wrong_kind.
     """
     if left is None:
-        if source_type in ("serve", "deploy", "validate"):
+        if source_type in ("serve", "deploy", "validate", "check_adapter", "evaluate"):
             raise _refused(path, source, f"is a {source_type} job, which leaves no model", "Name the job that made it.")
         return  # a plug-in's job: known when it is done
     if field_kind == "reward" and left != "reward":
@@ -37,7 +37,7 @@ def check(consumer: JobSpec, path: str, field_kind: str, source: str, left: Left
         )
     if field_kind == "model" and left == "reward":
         raise _refused(path, source, "leaves a reward model, which generates nothing", "Name a model or an adapter.")
-    if field_kind == "model" and left == "adapter" and not isinstance(consumer, TrainSpec):
+    if field_kind == "model" and left == "adapter" and not consumer.takes_adapters:
         merged = "Merge it first: name a job of type merge."
         if isinstance(consumer, DeploySpec):
             merged = f'Merge it first: submit {{"type": "merge", "adapter": "{source}"}} and deploy its result.'

@@ -37,8 +37,7 @@ def add(session: Session, job: Job, parents: Sequence[str] = ()) -> None:
     session.add(job)
     session.flush()
     session.add_all(JobDependency(job_id=job.id, parent_id=parent) for parent in parents)
-    session.add(_event(job.id, 1, 0, Move(JobState.QUEUED, "job_queued", "The job is queued."), None))
-    session.flush()
+    _add_event(session, job.id, 1, 0, Move(JobState.QUEUED, "job_queued", "The job is queued."), None)
 
 
 def transition(session: Session, job_id: str, origin: JobState, move: Move, *guards: ColumnElement[bool]) -> bool:
@@ -62,11 +61,13 @@ def transition(session: Session, job_id: str, origin: JobState, move: Move, *gua
     ).one_or_none()
     if returned is None:
         return False
-    session.add(_event(job_id, returned.next_seq, returned.fence, move, origin))
-    session.flush()
+    _add_event(session, job_id, returned.next_seq, returned.fence, move, origin)
     session.expire_all()
     if origin is JobState.RUNNING and move.to is not JobState.RUNNING:
-        session.execute(update(Slot).where(Slot.job_id == job_id).values(job_id=None))
+        # Locked in the order in which a claim locks them: in another one, each could wait for the other's for ever.
+        held = Slot.job_id == job_id
+        session.execute(select(Slot.slot_id).where(held).order_by(Slot.worker_id, Slot.slot_id).with_for_update())
+        session.execute(update(Slot).where(held).values(job_id=None))
     if move.to is JobState.SUCCEEDED:
         _release_children(session, job_id)
     elif move.to in TERMINAL:
@@ -121,16 +122,22 @@ def note(session: Session, job_id: str, move: Move, *guards: ColumnElement[bool]
     ).one_or_none()
     if returned is None:
         return False
-    session.add(_event(job_id, returned.next_seq, returned.fence, move, None, moved=False))
-    session.flush()
+    _add_event(session, job_id, returned.next_seq, returned.fence, move, None, moved=False)
     return True
 
 
-def _event(job_id: str, seq: int, fence: int, move: Move, origin: JobState | None, *, moved: bool = True) -> JobEvent:
-    return JobEvent(
+def _add_event(
+    session: Session, job_id: str, seq: int, fence: int, move: Move, origin: JobState | None, *, moved: bool = True
+) -> None:
+    created_at = now()
+    if seq > 1:  # a clock that was set back, or another machine's, does not turn a history round
+        query = select(JobEvent.created_at).where(JobEvent.job_id == job_id, JobEvent.seq == seq - 1)
+        created_at = max(created_at, session.scalar(query) or created_at)
+    event = JobEvent(
         job_id=job_id,
         seq=seq,
         id=new_id("ftevent"),
+        created_at=created_at,
         fence=fence,
         level=move.level,
         code=move.code,
@@ -139,6 +146,8 @@ def _event(job_id: str, seq: int, fence: int, move: Move, origin: JobState | Non
         to_state=move.to if moved else None,
         data=move.data or {},
     )
+    session.add(event)
+    session.flush()
 
 
 def _release_children(session: Session, job_id: str) -> None:

@@ -53,9 +53,15 @@ def reserve_bytes(settings: Settings) -> int:
     return min(int(shutil.disk_usage(settings.data_dir).total * _SHARE), _MOST)
 
 
-def shortage(settings: Settings, spec: JobSpec, inputs: Mapping[str, Mapping[str, Any]]) -> Shortage | None:
-    """What is missing for a job to start: two checkpoints, its output and the reserve. None when it fits."""
-    needed = to_write(spec, inputs) + reserve_bytes(settings)
+def shortage(
+    settings: Settings, spec: JobSpec, inputs: Mapping[str, Mapping[str, Any]], kept: Path | None = None
+) -> Shortage | None:
+    """What is missing for a job to start: two checkpoints, its output and the reserve. None when it fits.
+
+    ``kept``: the folder with what an earlier attempt has written of that already.
+    """
+    written = _size(kept) if kept is not None and kept.is_dir() else 0
+    needed = max(0, to_write(spec, inputs) - written) + reserve_bytes(settings)
     free = disk.free_bytes(settings.data_dir)
     return Shortage(needed, free) if free < needed else None
 
@@ -80,8 +86,11 @@ def _training(spec: TrainSpec, base: Path | None) -> int:
         parameters = sum(math.prod(shape) for shape in shapes.values())
         weights = _size(base)
         return 2 * (weights + parameters * _MOMENTS) + weights
-    adapter = int(estimate.trained(spec, shapes)[0]) * _FLOAT32
-    return 2 * 4 * adapter + adapter
+    config = inspect.read_json(base / "config.json", "model") if base is not None else {}
+    adapter = int(estimate.trained(spec, shapes, config)[0]) * _FLOAT32
+    # What begins with a part of the base is stored at twice its rank.
+    doubled = spec.model.peft_config is not None and spec.model.peft_config.moves_base
+    return 2 * 4 * adapter + adapter * (2 if doubled else 1)
 
 
 def _folder(inputs: Mapping[str, Mapping[str, Any]], *fields: str) -> Path | None:
@@ -105,7 +114,7 @@ def release(session: Session, settings: Settings) -> int:
 
     A job that found the disk full while it ran waits for twice the reserve, so that it does not go up and down with it.
     """
-    free = disk.free_bytes(settings.data_dir)
+    free, files = disk.free_bytes(settings.data_dir), disk.free_files(settings.data_dir)
     least = 2 * reserve_bytes(settings)
     released = 0
     for job_id in session.scalars(select(Job.id).where(*_waiting()).order_by(Job.created_at).limit(_AT_ONCE)).all():
@@ -115,8 +124,8 @@ def release(session: Session, settings: Settings) -> int:
             .order_by(JobEvent.seq.desc())
             .limit(1)
         )
-        needed = (latest or {}).get("needed_bytes")
-        if free < (needed if isinstance(needed, int) else least):
+        needed, inodes = ((latest or {}).get(name) for name in ("needed_bytes", "needed_files"))
+        if free < (needed if isinstance(needed, int) else least) or files < (inodes or 0):
             continue
         values = {"hold_reason": None, "not_before": None, "delay_seconds": 0.0}
         move = Move(JobState.QUEUED, "hold_released", "There is room on the disk again.", values=values)

@@ -6,6 +6,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
+from app.artifacts import diagnosis
 from app.crashpoints import reached
 from app.db import after_commit
 from app.deps import After, Limit, Reader, RoomsDep, Submitter
@@ -115,6 +116,13 @@ def list_checkpoints(job_id: str, caller: Reader, rooms: RoomsDep) -> Page[Check
     """Every complete checkpoint of the run."""
     with rooms.database.read() as session:
         return service.checkpoints(session, caller.project_id, job_id)
+
+
+@router.get("/{job_id}/diagnosis", summary="Why a job failed, and what to do")
+def get_diagnosis(job_id: str, caller: Reader, rooms: RoomsDep) -> diagnosis.Diagnosis:
+    """Findings about the job and what it left, each with the patch that makes the spec to submit instead."""
+    with rooms.database.read() as session:
+        return diagnosis.of_job(session, rooms.settings, caller.project_id, job_id)
 
 
 @router.get("/{job_id}/logs", summary="The end of a job's log", response_class=PlainTextResponse)

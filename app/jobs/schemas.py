@@ -51,12 +51,18 @@ class JobOut(BaseModel):
     spec: dict[str, Any] = Field(description="As submitted.")
     resolved_spec: dict[str, Any] = Field(description="With every default filled in and every reference pinned.")
     artifact_ids: list[str]
-    learning: dict[str, Any] | None
-    health: dict[str, Any] | None
+    learning: dict[str, Any] | None = Field(
+        description="What a training job came to: `verdict` (learnt, no_effect, worse, not_measured), `metrics` of "
+        "base and tuned model on the same held-out rows with 95 % intervals, what was trained and how far it moved."
+    )
+    health: dict[str, Any] | None = Field(
+        description="How a training run fares: `status` (ok, warning, failed) is the worst of its `checks`."
+    )
     result: dict[str, Any] | None
     error: ErrorOut | None
     attempt: int
     retry_of: str | None
+    reproduces: str | None = Field(None, description="The artifact whose bytes this run is to make again.")
     depends_on: list[str]
     pipeline_id: str | None
     created_at: datetime
@@ -90,6 +96,7 @@ class JobOut(BaseModel):
             error=ErrorOut(code=row.error_code, **(row.error_detail or {})) if row.error_code else None,
             attempt=row.attempt,
             retry_of=row.retry_of,
+            reproduces=row.reproduces,
             depends_on=depends_on,
             pipeline_id=row.pipeline_id,
             created_at=row.created_at,

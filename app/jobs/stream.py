@@ -44,8 +44,16 @@ class Listener:
     job_id: str
     seq: int
     step: int
+    known: set[str] | None = None
+    """Numbers of ``step`` that it has: an evaluation's follow later. None = it came back; it has the step's own."""
     queue: asyncio.Queue[Frame | None] = field(default_factory=lambda: asyncio.Queue(_QUEUE))
     progress: str = ""
+
+    def lacks(self, metric: Metric) -> bool:
+        """Whether it has not read this number yet."""
+        if metric.job_id != self.job_id or metric.step != self.step:
+            return metric.job_id == self.job_id and metric.step > self.step
+        return metric.name.startswith("eval_") if self.known is None else metric.name not in self.known
 
     @property
     def has_room(self) -> bool:
@@ -142,7 +150,7 @@ def _new_events(session: Session, listeners: Sequence[Listener]) -> list[JobEven
 
 def _new_metrics(session: Session, listeners: Sequence[Listener]) -> tuple[list[Metric], bool]:
     """Numbers of whole steps, and whether that is all there is."""
-    wanted = or_(*(and_(Metric.job_id == item.job_id, Metric.step > item.step) for item in listeners))
+    wanted = or_(*(and_(Metric.job_id == item.job_id, Metric.step >= item.step) for item in listeners))
     query = select(Metric).where(wanted).order_by(Metric.job_id, Metric.step)
     limit = _BATCH * len(listeners)
     rows = list(session.scalars(query.limit(limit)))
@@ -159,10 +167,12 @@ def _frames(
     for event in [event for event in events if event.job_id == item.job_id and event.seq > item.seq][:_BATCH]:
         item.seq = event.seq
         frames.append(Frame(str(event.seq), "event", EventOut.of(event).model_dump_json()))
-    mine = [metric for metric in metrics if metric.job_id == item.job_id and metric.step > item.step]
+    mine = [metric for metric in metrics if item.lacks(metric)]
     for step in by_step(mine)[:_BATCH]:
         item.step = step.step
         frames.append(Frame(f"m{step.step}", "metrics", step.model_dump_json()))
+    if mine:
+        item.known = {metric.name for metric in metrics if metric.job_id == item.job_id and metric.step == item.step}
     if job is None:
         return frames, True
     progress = json.dumps({"status": job.state, "phase": job.phase, **(job.progress or {})})

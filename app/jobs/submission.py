@@ -7,19 +7,22 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from app import fit
 from app.artifacts import inspect, references
 from app.artifacts import repository as artifacts
 from app.catalog import Catalog
 from app.deployments import repository as deployments
 from app.errors import BadRequest, Code, Conflict, IdempotencyKeyReused, InsufficientStorage, NotFound
 from app.files import repository as files
-from app.jobs import estimate, kinds, repository
+from app.files.rows import CHATS
+from app.jobs import continuing, estimate, judges, kinds, merging, repository
 from app.jobs.intake import Intake, validate_spec
 from app.jobs.repository import Move
 from app.jobs.schemas import JobOut
@@ -90,6 +93,12 @@ class Submission:
         self._session.flush()
         return new
 
+    def reproduce(self, intake: Intake, artifact_id: str) -> JobOut:
+        """A run that is to make an artifact's bytes again; nothing follows it."""
+        check_disk(self._settings)
+        job = self._add(intake.spec, intake.submitted, [], reproduces=artifact_id)
+        return show(self._session, self._caller.project_id, job.id)
+
     def _earlier(self, idempotency_key: str | None, fingerprint: str) -> JobOut | None:
         """The job that this key made already. Raises IdempotencyKeyReused when its body was another."""
         if idempotency_key is None:
@@ -153,6 +162,7 @@ class Submission:
         *,
         idem: tuple[str | None, str] = (None, ""),
         retry_of: str | None = None,
+        reproduces: str | None = None,
         pipeline_id: str | None = None,
         sweep_id: str | None = None,
     ) -> Job:
@@ -187,6 +197,7 @@ class Submission:
             idem_key=idem[0],
             idem_sha256=idem[1] or None,
             retry_of=retry_of,
+            reproduces=reproduces,
             pipeline_id=pipeline_id,
             sweep_id=sweep_id,
         )
@@ -212,10 +223,19 @@ class Submission:
                 waits.append(found.job_id)
             elif found.folder and kind == "adapter":
                 check_adapter(found, path)
+            elif found.folder and spec.type == "merge":
+                inspect.check_mergeable(found.folder, path, value)
             elif found.folder and kind == "reward":
                 check_reward(found, path)
             elif found.folder and isinstance(spec, TrainSpec):
                 self._check_start(spec, found, path)
+        if spec.type == "merge":
+            merging.check(self._session, self._settings, self._catalog, self._caller.project_id, resolved)
+        if isinstance(spec, TrainSpec):
+            judges.check(self._session, self._caller.project_id, spec, resolved)
+        if isinstance(spec, TrainSpec) and spec.from_checkpoint is not None:
+            storage = Storage(self._settings.data_dir)
+            continuing.check(self._session, storage, self._caller.project_id, spec, resolved)
         if isinstance(spec, DeploySpec):
             if spec.engine not in self._catalog.engines:
                 names = ", ".join(self._catalog.engines)
@@ -236,6 +256,9 @@ class Submission:
         root, _ = references.chain_of(self._session, self._settings, project, found, param=path)
         if root.folder is not None:
             check_base(root, spec, path)
+            file = files.get(self._session, project, spec.dataset.file)
+            if spec.needs_template and file is not None and file.format in CHATS:
+                check_template(root.folder, path)
 
     def _check_source(self, spec: JobSpec, kind: str, value: str, path: str) -> None:
         """A job that is named as an input must be of a kind that leaves one."""
@@ -278,13 +301,29 @@ def check_base(found: references.Resolved, spec: TrainSpec, path: str) -> None:
             hint="Merge it into its base first, and train on the merged model.",
         )
     config = inspect.read_json(found.folder / "config.json", path)
-    purpose = {"lora": "LoRA here", "qlora": "QLoRA (it quantises by itself)", "full": "full fine-tuning"}
-    inspect.check_unquantised(config, path, purpose[spec.model.method])
+    peft, quantised = spec.model.peft_config, spec.model.quantization_config is not None
+    purpose = "full fine-tuning" if peft is None else "QLoRA (it quantises by itself)" if quantised else "LoRA here"
+    inspect.check_unquantised(config, path, purpose)
     shapes = inspect.tensor_shapes(found.folder, path)
-    if spec.model.peft_config is not None:
-        targets = spec.model.peft_config.module_names()
-        if isinstance(targets, list):
-            inspect.check_targets(shapes, targets, "model.peft_config.target_modules")
+    fault = fit.misfit(peft, config, shapes, quantised=quantised) if peft is not None else None
+    if fault is not None:
+        raise BadRequest(
+            fault.message,
+            param=f"model.peft_config.{fault.field}",
+            code=Code.TARGET_MODULES_NOT_FOUND if fault.missing else Code.CONFLICTING_FIELDS,
+            hint=fault.hint,
+        )
+
+
+def check_template(folder: Path, path: str) -> None:
+    """Conversations are learnt through the model's own chat template."""
+    if (folder / "tokenizer_config.json").is_file() and inspect.template_of(folder) is None:
+        raise BadRequest(
+            f"{path}: the model has no chat template, and the data are conversations",
+            param=path,
+            code=Code.CONFLICTING_FIELDS,
+            hint="Use an instruct model, add a chat_template.jinja to the model, or give prompt/completion rows.",
+        )
 
 
 def check_reward(found: references.Resolved, path: str) -> None:
@@ -347,8 +386,11 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def set_at(target: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    for step in parents:
-        target = target[step]
-    target[last] = value
+def set_at(target: Any, path: str, value: Any) -> None:
+    """``graders.0.model`` is the field of a list's first object, ``adapters.0`` a list's first entry."""
+    first, _, rest = path.partition(".")
+    key: Any = int(first) if isinstance(target, list) else first
+    if rest:
+        set_at(target[key], rest, value)
+    else:
+        target[key] = value

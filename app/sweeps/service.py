@@ -1,7 +1,9 @@
 """Sweeps: every job or none, in one transaction; which of them did best; one cancel for all."""
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -45,14 +47,22 @@ def read(data: Any, catalog: Catalog) -> tuple[SweepIn, str, list[tuple[dict[str
         for path, value in point.items():
             _put(body, path, value)
         body["experiment_name"] = f"{name[:57]}_{number}"
-        try:
+        with _placed(point):
             jobs.append((point, validate_spec(body, catalog)))
-        except AppError as error:
-            at_fault = next((path for path in point if error.param and error.param.startswith(path)), None)
-            error.param = f"matrix.{at_fault}" if at_fault else f"spec.{error.param}"
-            error.message = f"{error.param}: {error.message}"
-            raise
     return asked, name, jobs
+
+
+@contextlib.contextmanager
+def _placed(point: Mapping[str, Any]) -> Iterator[None]:
+    """What is wrong with a job is told as it stands in the request: in its matrix, or in its spec."""
+    try:
+        yield
+    except AppError as error:
+        field = error.param
+        at_fault = next((path for path in point if field and field.startswith(path)), None)
+        error.param = f"matrix.{at_fault}" if at_fault else f"spec.{field}" if field else "spec"
+        error.message = f"{error.param}: {error.message}"
+        raise
 
 
 def _put(body: dict[str, Any], path: str, value: Any) -> None:
@@ -100,7 +110,8 @@ def create(
         raise
     submission = Submission(session, settings, catalog, caller)
     for number, (point, intake) in enumerate(jobs):
-        job = submission.add(intake, [], sweep_id=sweep.id)
+        with _placed(point):
+            job = submission.add(intake, [], sweep_id=sweep.id)
         session.add(SweepPoint(sweep_id=sweep.id, position=number, job_id=job.id, point=point))
     session.flush()
     return show(session, caller.project_id, sweep.id)

@@ -20,7 +20,7 @@ from typing import Literal
 from app.catalog import Recipe
 from app.specs import TrainSpec
 
-class OrpoSpec(TrainSpec):
+class TestedOrpoSpec(TrainSpec):
     '''Odds-ratio preference optimisation.'''
     algorithm: Literal["orpo_test"] = "orpo_test"
     beta: float = 0.1
@@ -28,7 +28,7 @@ class OrpoSpec(TrainSpec):
 def run(spec, ctx):
     pass
 
-recipe = Recipe(OrpoSpec, run)
+recipe = Recipe(TestedOrpoSpec, run)
 """
 
 
@@ -54,9 +54,9 @@ def test_a_file_in_an_operators_package_is_a_new_algorithm(package: Path, tmp_pa
     (package / "_private.py").write_text("raise RuntimeError('never imported')")
     settings = Settings(data_dir=tmp_path, plugin_packages=(package.name,))
     schemas = document(settings)["components"]["schemas"]
-    assert "beta" in schemas["OrpoSpec"]["properties"]
-    assert "OrpoSpec" in json.dumps(schemas["JobSpec"])
-    assert "OrpoSpec" not in json.dumps(document(Settings(data_dir=tmp_path))["components"]["schemas"])
+    assert "beta" in schemas["TestedOrpoSpec"]["properties"]
+    assert "TestedOrpoSpec" in json.dumps(schemas["JobSpec"])
+    assert "TestedOrpoSpec" not in json.dumps(document(Settings(data_dir=tmp_path))["components"]["schemas"])
 
 
 def test_a_file_dropped_into_workers_recipes_is_a_new_algorithm(tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_a_file_dropped_into_workers_recipes_is_a_new_algorithm(tmp_path: Path) 
         command = [sys.executable, "-c", code, str(tmp_path / "tree")]
         return subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
 
-    assert "OrpoSpec" not in ask()
+    assert "TestedOrpoSpec" not in ask()
     (tmp_path / "tree" / "workers" / "recipes" / "orpo_test.py").write_text(RECIPE)
-    assert "OrpoSpec" in ask()
+    assert "TestedOrpoSpec" in ask()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The command line against a real API on a real port; what a program reads is JSON, what fails exits 1 and says why."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -99,6 +100,41 @@ def test_train_from_a_config(cli: Callable[..., Result], tmp_path: Path, models:
     assert result.exit_code == 1
     assert "there is no file" in result.stderr
     assert cli("train", "--config", tmp_path / "none.yaml").exit_code == 1
+
+
+def test_flags_override_the_config(cli: Callable[..., Result], tmp_path: Path, models: Path) -> None:
+    """Paths in the config are seen from the config; the rest of the spec can be set too."""
+    for name in ("data.jsonl", "held.jsonl"):
+        (tmp_path / name).write_bytes(GOOD_JSONL)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "model: {model_name_or_path: org/other, use_peft: true}\nexperiment_name: 20241201\n"
+        "dataset: data.jsonl\ntraining: {max_steps: 9, learning_rate: 2e-4}\n"
+    )
+    changes = [
+        "--model",
+        "models/tiny/",
+        "--eval_dataset",
+        "held.jsonl",
+        "--max-steps",
+        "3",
+        "--set",
+        "training.seed=7",
+    ]
+    with contextlib.chdir(tmp_path):
+        result = cli("train", *changes, "--set", "metadata={team: support}", "--json")
+    assert result.exit_code == 0, result.stderr
+    job = json.loads(result.stdout)
+    assert (job["algorithm"], job["experiment_name"]) == ("sft", "20241201")
+    assert job["resolved_spec"]["model"]["model_name_or_path"] == str(models / "tiny")
+    assert job["spec"]["dataset"].keys() == {"file", "eval_file"}
+    training = job["spec"]["training"]
+    assert (training["max_steps"], training["seed"], training["learning_rate"]) == (3, 7, 2e-4)
+    assert job["metadata"] == {"team": "support"}
+    for wrong, words in (("seed", "has no value"), ("experiment_name.x=1", "experiment_name is not a mapping")):
+        result = cli("train", "--config", config, "--set", wrong)
+        assert result.exit_code == 1
+        assert words in result.stderr
 
 
 def test_without_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.client import Client
-from app.commands import demo
+from app.commands import demo, embedded
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_signal_runs_the_cleaning_once(number: signal.Signals) -> None:
     cleaned = []
 
     def work() -> None:
-        with demo._told_to_stop():
+        with embedded.told_to_stop():
             try:
                 os.kill(os.getpid(), number)
             finally:
@@ -62,5 +62,5 @@ def test_a_signal_runs_the_cleaning_once(number: signal.Signals) -> None:
 def test_the_log_is_private_even_when_it_was_not(tmp_path: Path) -> None:
     path = tmp_path / "demo.log"
     path.touch(0o644)
-    with open(path, "wb", opener=demo._private):
+    with open(path, "wb", opener=embedded.private):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600

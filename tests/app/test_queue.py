@@ -71,3 +71,18 @@ def test_a_broker_that_cannot_be_used_is_named(valkey_url: str) -> None:
     scheme, _, rest = valkey_url.partition(":")
     with pytest.raises(NoBroker, match=r"password|not answer"):
         wait_until_ready(f"{scheme}://:wrong@{rest.partition('@')[2]}", 0.1)
+
+
+def test_doorbells_that_nobody_hears_do_not_pile_up(valkey_url: str) -> None:
+    """A hundred wake every worker; the reconcilers ring for as long as a job waits, which may be weeks."""
+    queue = f"test-{time.time_ns()}"
+    bell = Doorbell(valkey_url)
+    bell._celery.conf.task_default_queue = queue
+    client = bell._celery.connection_for_write().default_channel.client
+    client.lpush(queue, *range(99))
+    for _ in range(3):
+        bell.ring()
+        wait_for(lambda: not bell._asked)
+    bell.close()
+    assert client.llen(queue) == 100
+    client.delete(queue)

@@ -297,19 +297,16 @@ def test_a_clock_that_is_set_cuts_no_wait_short(
 def test_a_clock_that_is_set_back_delays_no_job(
     reconciler: Reconciler, clock: Clock, wall: Wall, queued: Any, row: Any
 ) -> None:
-    """What should wait for a minute waits for about a minute, though the stored time is a day away now."""
+    """What should wait for a minute waits for about a minute, though the stored time is days away now."""
     job = queued(delay_seconds=60.0, not_before=wall() + timedelta(seconds=60))
     pass_time(reconciler, clock, 10)
-    assert row(job).not_before == job.not_before
-    wall.began -= timedelta(days=1)
-    pass_time(reconciler, clock, 6)
-    assert row(job).not_before <= wall() + timedelta(seconds=60)
-    for _ in range(3):
+    for _ in range(4):
         wall.began -= timedelta(days=1)
         pass_time(reconciler, clock, 6)
-        assert row(job).not_before is not None
+        # By a clock that nobody has set it would start too early, were it any other.
+        assert row(job).not_before == job.not_before
     pass_time(reconciler, clock, 40)
-    assert row(job).not_before is None or row(job).not_before <= wall()
+    assert row(job).not_before is None
 
 
 def test_a_delay_by_our_own_clock_ends_although_the_wall_clock_stands(

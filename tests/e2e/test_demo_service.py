@@ -22,8 +22,8 @@ pytestmark = [
 DEMO = """
 import sys, time
 from pathlib import Path
-from app.commands import demo
-with demo._told_to_stop(), demo._service(Path(sys.argv[1]), demo.Report()):
+from app.commands import demo, embedded
+with embedded.told_to_stop(), demo._service(Path(sys.argv[1]), demo.Report()):
     Path(sys.argv[2]).touch()
     time.sleep(600)
 """

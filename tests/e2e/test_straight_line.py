@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.client import Client
-from app.processes import processes_of_instance
+from app.processes import processes_of_attempts, processes_of_instance
 from app.settings import Settings
 from app.up import running_service
 from tests.support import wait_for
@@ -123,7 +123,7 @@ def test_a_posted_job_becomes_a_model_that_an_openai_client_chats_with(
 
     client.call("DELETE", f"/deployments/{deployed['deployment_id']}")
     wait_for(lambda: client.call("GET", f"/deployments/{deployed['deployment_id']}")["status"] == "stopped", 60)
-    wait_for(lambda: not processes_of_instance(settings.instance), 15)
+    wait_for(lambda: not processes_of_attempts(settings.instance), 15)
 
 
 def test_preferences_become_a_served_model(client: Client, settings: Settings, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_preferences_become_a_served_model(client: Client, settings: Settings, t
         assert answer.usage is not None
         assert answer.usage.completion_tokens >= 1
     client.call("DELETE", f"/deployments/{deployed['deployment_id']}")
-    wait_for(lambda: not processes_of_instance(settings.instance), 60)
+    wait_for(lambda: not processes_of_attempts(settings.instance), 60)
 
 
 def greedy(folder: Path, messages: list[Any]) -> str:

@@ -229,7 +229,7 @@ def test_kill_9_of_up_leaves_nothing(up: Up, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     up.submit(tmp_path, mode="stubborn", marker=str(marker))
     wait_for(marker.exists, 40)
-    assert len(up.everybody()) == 5  # up, API, worker, broker, runner
+    wait_for(lambda: len(up.everybody()) == 6, 40)  # up, API, worker, broker, runner, and one that waits
     up.process.kill()
     up.process.wait()
     wait_for(lambda: not up.everybody(), 15)

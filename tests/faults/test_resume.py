@@ -38,6 +38,7 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(
     models: Path,
     settings: Settings,
 ) -> None:
+    """Case 6 among others: what kill -9 of the runner costs."""
     base = make_model(models / "trainable")
     rows = "".join(json.dumps({"messages": conversation(number)}) + "\n" for number in range(200))
     spec = {

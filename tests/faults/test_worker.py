@@ -81,7 +81,7 @@ def test_a_killed_worker(worker: Any, submit: Any, until: Until, settings: Setti
 def test_a_frozen_worker_loses_its_job_and_cannot_spoil_it(
     worker: Any, submit: Any, until: Until, settings: Settings, database: Any, tmp_path: Path
 ) -> None:
-    """SIGSTOP: its lease runs out, another worker runs the job; thawed, it finds that nothing is its own."""
+    """Case 9. SIGSTOP: its lease runs out, another worker runs the job; thawed, it finds that nothing is its own."""
     from app.catalog import discover  # noqa: PLC0415
     from app.queue import SilentDoorbell  # noqa: PLC0415
     from app.reconciler import Reconciler  # noqa: PLC0415
@@ -137,7 +137,7 @@ def test_a_crash_of_the_runner_never_takes_the_worker_down(worker: Any, submit: 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
 def test_the_bell_is_heard_over_each_kind_of_broker(
-    settings: Settings, key: str, broker_url: str, tmp_path: Path, until: Until
+    settings: Settings, key: str, broker_url: str, tmp_path: Path, until: Until, after_the_fault: None
 ) -> None:
     """Sooner than an idle slot looks by itself."""
     from tests.faults.conftest import WorkerProcess  # noqa: PLC0415
@@ -173,6 +173,7 @@ def test_without_any_broker_jobs_run_all_the_same(worker: Any, submit: Any, unti
 def test_a_second_worker_on_the_same_slots_is_refused(
     worker: Any, submit: Any, until: Until, settings: Settings, valkey_url: str, tmp_path: Path
 ) -> None:
+    """Case 22."""
     from tests.faults.conftest import WorkerProcess  # noqa: PLC0415
 
     worker.start()

@@ -16,7 +16,7 @@ class DrillSpec(TrainSpec):
     """Counts the rows of its file beforehand, and reads the count in the run."""
 
     algorithm: Literal["drill"] = "drill"
-    mode: Literal["ok", "refuse", "hang", "crash"] = Field("ok", description="What happens while it prepares.")
+    mode: Literal["ok", "refuse", "hang", "crash", "large"] = Field("ok", description="What happens while it prepares.")
     marker: str | None = Field(None, description="A file that it makes once it is under way.")
 
 
@@ -34,6 +34,10 @@ def prepare(spec: DrillSpec, ctx: RunContext) -> None:
             raise Interrupted
         time.sleep(0.02)
     assert ctx.prepared_dir is not None
+    if spec.mode == "large":  # once somebody says go
+        while not Path(f"{spec.marker}.go").exists():
+            time.sleep(0.02)
+        (ctx.prepared_dir / "large.bin").write_bytes(bytes(4 << 20))
     (ctx.prepared_dir / "rows.txt").write_text(str(len(ctx.input("dataset.file").read_text().splitlines())))
 
 

@@ -91,6 +91,7 @@ def make_servable_model(folder: Path) -> Path:
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products this small only wait for each other on several cores."""
     monkeypatch.setattr("workers.loading.devices.os.sched_getaffinity", lambda _: {0})
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

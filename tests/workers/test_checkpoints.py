@@ -40,7 +40,7 @@ def write(job_dir: Path, fence: int, step: int) -> Path:
 
 def commit(job_dir: Path, fence: int, step: int, loss: float | None = None, keep: int | None = None) -> Path:
     folder = write(job_dir, fence, step)
-    Storage.commit_checkpoint(folder, step, {"eval_loss": loss} if loss is not None else {})
+    Storage.commit_checkpoint(folder, step, {"eval_loss": loss} if loss is not None else {}, loss)
     rotate(job_dir, fence, keep)
     return folder
 

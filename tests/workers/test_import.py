@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from app.errors import Code, RunError
 from tests.workers.context import RecordingContext
@@ -54,6 +56,58 @@ def test_weights_only_as_pickles_are_refused(tmp_path: Path, source: Path) -> No
         bring(tmp_path, source)
     assert caught.value.code == Code.MODEL_INVALID
     assert "safetensors" in (caught.value.hint or "")
+
+
+@pytest.fixture
+def old_adapter(tmp_path: Path, tiny: Path) -> Path:
+    """What a version of peft before safetensors saved."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    folder = tmp_path / "old"
+    get_peft_model(load_base(tiny, Compute("cpu", "float32")), config).save_pretrained(folder)
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    return folder
+
+
+def test_an_adapter_of_old_comes_in_as_safetensors(tmp_path: Path, old_adapter: Path) -> None:
+    tensors = load_file(old_adapter / "adapter_model.safetensors")
+    (old_adapter / "adapter_model.safetensors").unlink()
+    ctx = bring(tmp_path, old_adapter, kind="adapter")
+    assert {path.name for path in ctx.folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert not (ctx.folder / "adapter_model.bin").exists()
+    found = load_file(ctx.folder / "adapter_model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    event = next(event for event in ctx.events if event["code"] == "weights_rewritten")
+    assert set(event["sha256"]) == {"adapter_model.bin", "adapter_model.safetensors"}
+    assert ctx.results["converted_from"] == "adapter_model.bin"
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.marker,))
+
+
+def test_anything_else_in_the_pickle_is_refused(tmp_path: Path, old_adapter: Path) -> None:
+    (old_adapter / "adapter_model.safetensors").unlink()
+    path, marker = old_adapter / "adapter_model.bin", tmp_path / "marker"
+    evil = Evil(marker)
+    for number, content in enumerate([evil, {"a": evil}, [torch.zeros(2)], {}, {"a": 1}, {1: torch.zeros(2)}]):
+        torch.save(content, path)
+        with pytest.raises(RunError, match=r"adapter_model\.bin holds more") as caught:
+            bring(tmp_path / f"zip-{number}", old_adapter, kind="adapter")
+        assert caught.value.code == Code.MODEL_INVALID
+    for number, bytes_ in enumerate([pickle.dumps(evil, 2), pickle.dumps({"a": evil}, 2), b"", b"nonsense"]):
+        path.write_bytes(bytes_)
+        with pytest.raises(RunError, match=r"adapter_model\.bin holds more"):
+            bring(tmp_path / f"plain-{number}", old_adapter, kind="adapter")
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(evil, 2))  # noqa: S301 - so that the test could fail
+    assert marker.exists()
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, source: Path) -> None:

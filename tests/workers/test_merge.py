@@ -16,7 +16,7 @@ from app.catalog import Catalog
 from app.errors import Code, RunError
 from tests.workers.conftest import make_model
 from tests.workers.context import RecordingContext
-from workers.loading import MergeSpec, compare, tensor_headers
+from workers.loading import MergeSpec, compare, proved, tensor_headers
 from workers.merges import lora
 from workers.operations.merge import run
 from workers.recipes import sft
@@ -114,23 +114,26 @@ def test_the_asked_dtype_is_written(tmp_path: Path, tiny: Path, adapter: Path) -
 
 
 def test_a_merge_that_does_nothing_is_caught(tmp_path: Path, tiny: Path, adapter: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("peft.tuners.lora.LoraModel.merge_and_unload", lambda self, **_: self.unload())
-    with pytest.raises(RunError, match="keeps 0.0% of the adapter's effect") as caught:
+    monkeypatch.setattr("workers.loading.shards.changed", lambda steps, rows, block: rows)
+    with pytest.raises(RunError, match="not what base and adapter give: model.*proj.weight differs") as caught:
         merge(tmp_path, adapter, tiny)
-    assert caught.value.code == Code.EFFECT_LOST
+    assert caught.value.code == Code.VALIDATION_FAILED
 
 
 def test_a_merge_that_touches_other_tensors_is_caught(
     tmp_path: Path, tiny: Path, adapter: Path, monkeypatch: Any
 ) -> None:
-    save = lora._save
+    write = proved.write_merge
 
-    def careless(model: Any, folder: Path, dtype: Any) -> None:
-        model.get_base_model().model.norm.weight.data.mul_(1.001)
-        save(model, folder, dtype)
+    def careless(merge: Any, folder: Path, *rest: Any, **named: Any) -> Any:
+        digests = write(merge, folder, *rest, **named)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"].mul_(1.001)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return digests
 
-    monkeypatch.setattr(lora, "_save", careless)
-    with pytest.raises(RunError, match=r"where it must not: model\.norm\.weight"):
+    monkeypatch.setattr(proved, "write_merge", careless)
+    with pytest.raises(RunError, match=r"base and adapter give: model\.norm\.weight differs"):
         merge(tmp_path, adapter, tiny)
 
 

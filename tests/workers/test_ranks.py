@@ -1,7 +1,10 @@
 """Several ranks under torchrun, on the CPU: one result, one way to stop, and no rank that outlives the others."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +18,7 @@ from app.catalog import discover
 from app.db import Database
 from app.jobs import repository
 from app.models import Artifact, Job, JobEvent, Metric, Slot, new_id, now
-from app.processes import processes_of_instance
+from app.processes import kill_holders, processes_of_instance, processes_with_token
 from app.projects.repository import ensure_default
 from app.queue import SilentDoorbell
 from app.settings import Settings
@@ -188,6 +191,41 @@ def test_nothing_is_left_when_the_parent_is_killed(start: Callable[..., Run]) ->
     os.kill(run.parent(), signal.SIGKILL)
     job = run.until("failed", 30)
     assert (job.error_code, job.exit_code) == ("killed", -9)
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from workers.child import Child
+child = Child("workers.ranks", Path(sys.argv[1]), sys.argv[2], dict(os.environ))
+time.sleep(600)
+"""
+
+
+def test_nothing_is_left_when_the_worker_is_killed(start: Callable[..., Run], tmp_path: Path) -> None:
+    """The parent dies with the worker, at once and without a word; torchrun and the ranks must not outlive it."""
+    run = start(rounds=100_000)
+    run.ranks()
+    (told,) = (run.house.settings.data_dir / "jobs" / run.job_id).glob("*/attempt.json")
+    attempt = json.loads(told.read_bytes())
+    attempt["spec"]["marker"] = str(tmp_path / "second")
+    folder = tmp_path / "attempt"
+    folder.mkdir()
+    (folder / "attempt.json").write_text(json.dumps(attempt))
+    token = f"{new_id('test')}:job:1:train-0"
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, str(folder), token], cwd=Path(__file__).parents[2])
+    try:
+        markers = [tmp_path / f"second.{rank}" for rank in (0, 1)]
+        wait_for(lambda: all(marker.exists() and marker.read_text() for marker in markers), 90)
+        assert len(processes_with_token(token)) >= 4  # the parent, torchrun, two ranks
+        # Its thread that watches the lifeline may or may not be faster than the signal: here it is not.
+        os.kill(parent_of(parent_of(int(markers[0].read_text()))), signal.SIGSTOP)
+        worker.kill()
+        worker.wait()
+        wait_for(lambda: not processes_with_token(token), 10)
+    finally:
+        worker.kill()
+        kill_holders(token)
 
 
 def test_every_rank_sees_every_gpu_of_the_job(start: Callable[..., Run]) -> None:

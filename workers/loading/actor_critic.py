@@ -61,6 +61,11 @@ class ActorCritic:
         critic = self._adapter(VALUE) if self.own_critic else []
         return [*self._policy_parameters, *critic, *self.head.parameters()]
 
+    def policy_parameters(self) -> dict[str, Any]:
+        """What is trained of the policy, by name."""
+        mine = {id(parameter) for parameter in self._policy_parameters}
+        return {name: weight for name, weight in self.model.named_parameters() if id(weight) in mine}
+
     def _adapter(self, name: str) -> list[Any]:
         return [parameter for key, parameter in self.model.named_parameters() if f".{name}." in key and "lora_" in key]
 
@@ -133,20 +138,26 @@ class ActorCritic:
             state |= {f"adapter.{key}": dict(self.model.named_parameters())[key].detach() for key in names}
         return state
 
-    def load(self, policy: Path, critic: dict[str, Any]) -> None:
-        """Policy and critic as ``save_policy`` and ``critic_state`` left them."""
-        import torch
+    def load_policy(self, folder: Path) -> None:
+        """What ``save_policy`` left."""
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
         weights: dict[str, Any] = {}
-        for path in sorted(policy.glob("*.safetensors")):
+        for path in sorted(folder.glob("*.safetensors")):
             weights |= load_file(path)
         if self.peft:
             set_peft_model_state_dict(self.model, weights, adapter_name=POLICY)
         else:
             self.model.load_state_dict(weights, strict=False)
             self.model.tie_weights()
+        self._wake()
+
+    def load(self, policy: Path, critic: dict[str, Any]) -> None:
+        """Policy and critic as ``save_policy`` and ``critic_state`` left them."""
+        import torch
+
+        self.load_policy(policy)
         self.head.load_state_dict({key[5:]: value for key, value in critic.items() if key.startswith("head.")})
         named = dict(self.model.named_parameters())
         with torch.no_grad():

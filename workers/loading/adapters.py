@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.errors import Code, RunError
-from workers.loading.weights import TensorInfo, fingerprint, tensor_headers
+from workers.loading.fresh import START_FILE
+from workers.loading.layout import PREFIX, place
+from workers.loading.weights import TensorInfo, fingerprint, sha256_files, tensor_headers
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "base_model.json"
-PREFIX = "base_model.model."
 
 
 class Adapter(NamedTuple):
@@ -34,6 +35,12 @@ def read_adapter(directory: Path) -> Adapter:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise RunError(Code.ADAPTER_INVALID, f"peft_type is {kind!r}; only LORA adapters are supported")
+    if (directory / START_FILE).is_file():
+        raise RunError(
+            Code.ADAPTER_INVALID,
+            "the adapter of this checkpoint began with a part of its base, and does not fit the whole base",
+            hint="take it out with a job of type extract_adapter, which makes it a plain one",
+        )
     if not (directory / WEIGHTS_FILE).is_file():
         hint = "adapter_model.bin is a pickle; save the adapter again with a current peft, which writes safetensors"
         raise RunError(
@@ -80,29 +87,22 @@ def write_base_record(
 def check_base(adapter: Adapter, base: Path, name: str, *, allow_mismatch: bool = False) -> None:
     """Raises RunError base_mismatch when the adapter does not fit the base, or was trained on other weights.
 
+    Raises RunError adapter_invalid for tensors that do not belong together or cannot be merged.
+
     ``allow_mismatch`` accepts other weights of the same shapes.
     """
-    shapes = {tensor: info.shape for tensor, info in tensor_headers(base).items()}
-    rows: dict[str, dict[str, tuple[int, ...]]] = {}
-    for tensor, info in adapter.tensors.items():
-        module, mark = module_of(tensor)
-        if mark:
-            rows.setdefault(module, {})[mark] = info.shape
-    for module, pair in sorted(rows.items()):
-        if set(pair) != {"A", "B"} or len(pair["A"]) != 2 or len(pair["B"]) != 2 or pair["A"][0] != pair["B"][1]:
-            raise RunError(Code.ADAPTER_INVALID, f"{module}: lora_A and lora_B do not belong together: {pair}")
-        wanted = (pair["B"][0], pair["A"][1])
-        found = shapes.get(f"{module}.weight")
-        if adapter.config.get("fan_in_fan_out"):
-            wanted = wanted[::-1]
-        if found != wanted:
-            has = f"has {list(found)}" if found else "has no such module"
-            raise RunError(
-                Code.BASE_MISMATCH,
-                f"{module}: the adapter was made for a weight of {list(wanted)}, {name} {has}",
-                hint=f"merge into {adapter.base.get('name') or adapter.config.get('base_model_name_or_path')}",
-                param="base_model",
-            )
+    try:
+        config = json.loads((base / "config.json").read_bytes())
+    except (OSError, ValueError):
+        config = {}  # the loader names that fault
+    try:
+        place(adapter.config, adapter.tensors, tensor_headers(base), config if isinstance(config, dict) else {})
+    except RunError as error:
+        if error.code is not Code.BASE_MISMATCH:
+            raise
+        made_for = adapter.base.get("name") or adapter.config.get("base_model_name_or_path")
+        message = error.message.replace(", the base has", f", {name} has")
+        raise RunError(error.code, message, hint=f"merge into {made_for}", param="base_model") from error
     recorded = adapter.base.get("fingerprint")
     if recorded and not allow_mismatch and recorded != fingerprint(base):
         raise RunError(
@@ -111,6 +111,16 @@ def check_base(adapter: Adapter, base: Path, name: str, *, allow_mismatch: bool 
             hint="name the base that it was trained on, or set allow_base_mismatch: true",
             param="base_model",
         )
+
+
+def layer_digests(layers: Sequence[Path]) -> list[str]:
+    """What identifies each adapter: the sha256 of its weights."""
+    return [";".join(sorted(sha256_files(layer.glob("*.safetensors")).values())) for layer in layers]
+
+
+def adapted_modules(adapter: Adapter) -> list[str]:
+    """Paths of the modules that it holds matrices for, sorted."""
+    return sorted({module for module, mark in map(module_of, adapter.tensors) if mark})
 
 
 def module_of(tensor: str) -> tuple[str, str]:

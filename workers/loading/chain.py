@@ -1,5 +1,6 @@
 """Chains: an adapter trained on top of adapters. Those below are folded into the root, each once, in float32."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,15 +8,11 @@ from typing import Any, NamedTuple
 from app.catalog import RunContext
 from app.errors import Code, RunError
 from app.specs import TrainSpec
-from workers.loading.adapters import CONFIG_FILE, read_adapter
+from workers.loading.adapters import CONFIG_FILE, layer_digests, read_adapter
 from workers.loading.adapters import check_base as check_fit
-from workers.loading.companions import copy_companions, has_tokenizer
 from workers.loading.conversations import load_tokenizer
-from workers.loading.devices import Compute
-from workers.loading.models import base_label, check_weights, load_base, refuse_quantised
-from workers.loading.weights import sha256_files
-
-EXACT = Compute("cpu", "float32")
+from workers.loading.merging import SHARD_BYTES, copy_beside, read_merge, write_merge
+from workers.loading.models import base_label, check_weights, refuse_quantised
 
 
 class Start(NamedTuple):
@@ -65,24 +62,22 @@ def checked_start(spec: TrainSpec, ctx: RunContext) -> tuple[Start, Any]:
 def fold(root: Path, layers: Sequence[Path], name: str, target: Path) -> None:
     """Writes root plus adapters as a float32 model with the newest tokenizer among them. Raises RunError."""
     refuse_quantised(root, "trained on", name)
-    model = folded(root, layers)
-    target.mkdir()
-    model.save_pretrained(target)
-    tokenizer = next((folder for folder in (*reversed(layers), root) if has_tokenizer(folder)), root)
-    copy_companions(root, target, tokenizer=tokenizer == root)
-    if tokenizer != root:
-        copy_companions(tokenizer, target, others=False)
+    check_chain(root, layers)
+    building = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    write_merge(read_merge(root, layers, "float32"), building, building / "kept", shard_bytes=SHARD_BYTES)
+    (building / "kept").rmdir()
+    copy_beside(root, layers, building)
+    building.rename(target)
 
 
-def folded(root: Path, layers: Sequence[Path]) -> Any:
-    """Root plus adapters in memory, float32 on the CPU. Raises RunError base_mismatch, adapter_invalid."""
-    model = load_base(root, EXACT)
+def check_chain(root: Path, layers: Sequence[Path]) -> None:
+    """Raises RunError base_mismatch, adapter_invalid unless each adapter belongs on the root and those before it."""
     for number, layer in enumerate(layers):
         adapter = read_adapter(layer)
         check_fit(adapter, root, root.name)
         check_layers(adapter.base, layers[:number])
-        model = attach(model, layer).merge_and_unload(safe_merge=False)
-    return model
 
 
 def attach(model: Any, adapter: Path) -> Any:
@@ -95,11 +90,6 @@ def attach(model: Any, adapter: Path) -> Any:
         raise RunError(
             Code.BASE_MISMATCH, f"the adapter does not fit the base: {error}"[:1000], param="adapter"
         ) from error
-
-
-def layer_digests(layers: Sequence[Path]) -> list[str]:
-    """What identifies each adapter: the sha256 of its weights."""
-    return [";".join(sorted(sha256_files(layer.glob("*.safetensors")).values())) for layer in layers]
 
 
 def check_layers(record: dict[str, Any], layers: Sequence[Path]) -> None:

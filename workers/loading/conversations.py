@@ -3,15 +3,17 @@
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from app.catalog import RunContext
 from app.errors import Code, RunError
-from app.files.rows import Format, first_format, read
+from app.files.rows import CHATS, Example, Format, first_format, read_chats
+from app.files.tools import Tool
 from app.files.turns import Message, RowError
+from workers.loading.chat import lacks_place, refusal, render
 from workers.loading.companions import has_tokenizer
 from workers.loading.prepared import origin, read_rows, rows_file
 
@@ -77,7 +79,7 @@ def _stored_stops(directory: Path) -> Any:
     return None
 
 
-def encode(messages: list[Message], tokenizer: Any, stops: set[int]) -> Encoded:
+def encode(messages: list[Message], tokenizer: Any, stops: set[int], tools: Sequence[Tool] = ()) -> Encoded:
     """Tokenises turn by turn, the way that a server will see the conversation grow.
 
     Learnt are the assistant's turns up to and including their end token, unless their weight is 0. Text between the
@@ -90,11 +92,11 @@ def encode(messages: list[Message], tokenizer: Any, stops: set[int]) -> Encoded:
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, whole = _render(messages, index, tokenizer)
+        prompt, whole = _around(messages, index, tokenizer, tools)
         if not (prompt.startswith(done) and whole.startswith(prompt)):
-            return _encode_last(messages, tokenizer, stops)
-        _append(row, prompt[len(done) :], tokenizer, learn=False)
-        _append(row, whole[len(prompt) :], tokenizer, learn=message.get("weight") != 0, stops=stops)
+            return _encode_last(messages, tokenizer, stops, tools)
+        _grow(row, prompt, len(done), tokenizer, learn=False)
+        _grow(row, whole, len(prompt), tokenizer, learn=message.get("weight") != 0, stops=stops)
         done = whole
     _end(row, tokenizer, stops)
     return row
@@ -109,26 +111,39 @@ def _encode_plain(messages: list[Message], tokenizer: Any) -> Encoded:
     return Encoded(prompt + answer, [IGNORED] * len(prompt) + answer)
 
 
-def _encode_last(messages: list[Message], tokenizer: Any, stops: set[int]) -> Encoded:
+def _encode_last(messages: list[Message], tokenizer: Any, stops: set[int], tools: Sequence[Tool]) -> Encoded:
     """For templates that change earlier turns, e.g. drop their reasoning: what came before is context only."""
     last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight") != 0)
-    prompt, whole = _render(messages, last, tokenizer)
+    prompt, whole = _around(messages, last, tokenizer, tools)
     cut = len(commonprefix([prompt, whole]))
     row = Encoded([], [], split=False)
-    _append(row, whole[:cut], tokenizer, learn=False)
-    _append(row, whole[cut:], tokenizer, learn=True, stops=stops)
+    _grow(row, whole[:cut], 0, tokenizer, learn=False)
+    _grow(row, whole, cut, tokenizer, learn=True, stops=stops)
     _end(row, tokenizer, stops)
     return row
 
 
-def _render(messages: list[Message], index: int, tokenizer: Any) -> tuple[str, str]:
-    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages[: index + 1]]
-    before = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True) if index else ""
-    return before, tokenizer.apply_chat_template(turns, tokenize=False)
+def _around(messages: list[Message], index: int, tokenizer: Any, tools: Sequence[Tool]) -> tuple[str, str]:
+    """The conversation as it is before and after the answer at ``index``."""
+    before = render(messages[:index], tokenizer, tools, opening=True) if index else ""
+    return before, render(messages[: index + 1], tokenizer, tools)
 
 
-def _append(row: Encoded, text: str, tokenizer: Any, *, learn: bool, stops: set[int] = frozenset()) -> None:  # type: ignore[assignment]
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+def _grow(
+    row: Encoded,
+    text: str,
+    known: int,
+    tokenizer: Any,
+    *,
+    learn: bool,
+    stops: set[int] = frozenset(),  # type: ignore[assignment]
+) -> None:
+    """Adds the tokens of ``text``, of whose characters the row holds the first ``known`` already."""
+    every = tokenizer(text, add_special_tokens=False).input_ids
+    held = len(row.input_ids)
+    # As a server tokenises it, where that goes on from the row: some tokenizers put a space before a text of its own.
+    goes_on = every[:held] == row.input_ids
+    ids = every[held:] if goes_on else tokenizer(text[known:], add_special_tokens=False).input_ids
     # What the template writes behind the end token is never generated, so it is not learnt.
     ends = [position for position, token in enumerate(ids) if token in stops]
     learnt = (ends[-1] + 1 if ends else len(ids)) if learn else 0
@@ -191,7 +206,7 @@ def _rows(
 ) -> Iterator[dict[str, list[int]]]:
     """The rows that can be learnt from; at the end it says how they are."""
     shape = first_format(path) if format == "auto" else format
-    if not tokenizer.chat_template and shape != "prompt_completion":
+    if not tokenizer.chat_template and shape in CHATS:
         raise RunError(
             Code.BAD_SPEC,
             "the model has no chat template, and the data are conversations",
@@ -199,8 +214,9 @@ def _rows(
             param=field,
         )
     count: Counter[str] = Counter()
-    for row in _encoded(read(path, format), tokenizer, stops, field):
+    for row, as_text in _encoded(path, format, tokenizer, stops, field):
         count["rewritten"] += not row.split
+        count["as_text"] += as_text
         count["truncated"] += len(row.input_ids) > max_length
         labels = row.labels[:max_length]
         learnt = sum(label != IGNORED for label in labels)
@@ -236,6 +252,14 @@ def _report(count: "Counter[str]", max_length: int, ctx: RunContext, field: str)
             level="warn",
             rows=count["rewritten"],
         )
+    if count["as_text"]:
+        ctx.event(
+            "tools_as_text",
+            f"the chat template has no place for tools; in {count['as_text']} rows they are written as text, and "
+            "whoever asks the model has to write them in the same way",
+            level="warn",
+            rows=count["as_text"],
+        )
     ctx.event(
         "dataset_loaded",
         f"{field}: {count['rows']} rows, {count['tokens']:,} tokens, {count['learnt']:,} of them learnt",
@@ -246,15 +270,19 @@ def _report(count: "Counter[str]", max_length: int, ctx: RunContext, field: str)
     )
 
 
-def _encoded(conversations: Iterable[list[Message]], tokenizer: Any, stops: set[int], field: str) -> Iterator[Encoded]:
-    number = 0
+def _encoded(
+    path: Path, format: Format | Literal["auto"], tokenizer: Any, stops: set[int], field: str
+) -> Iterator[tuple[Encoded, bool]]:
+    """Each row, and whether its tools are written as text."""
+    number, row = 0, Example([])
     try:
-        for number, messages in enumerate(conversations, 1):  # noqa: B007 - read in the handler
-            yield encode(messages, tokenizer, stops)
+        for number, row in enumerate(read_chats(path, format), 1):  # noqa: B007 - read in the handler
+            as_text = bool(tokenizer.chat_template) and lacks_place(row.messages, tokenizer, row.tools)
+            yield encode(row.messages, tokenizer, stops, row.tools), as_text
     except RowError as error:
         raise RunError(Code.BAD_DATA, str(error), param=field) from error
     except Exception as error:
-        # Templates raise whatever jinja2 raises, and raise_exception() for orders of roles that they refuse.
-        if type(error).__module__.partition(".")[0] != "jinja2":
+        said = refusal(row.messages, error)
+        if said is None:
             raise
-        raise RunError(Code.BAD_DATA, f"row {number}: the chat template refuses it: {error}", param=field) from error
+        raise RunError(Code.BAD_DATA, f"row {number}: {said[0]}", hint=said[1], param=field) from error

@@ -55,7 +55,7 @@ def device_and_dtype(requested: Dtype | None, ctx: RunContext, field: str = "mod
 
 
 def set_threads() -> int:
-    """One thread per core that this process may use, container limits included; returns their number."""
+    """One thread per core that this process may use, container limits included; the ranks of a run share them."""
     import torch
 
     cores = len(os.sched_getaffinity(0))
@@ -64,6 +64,7 @@ def set_threads() -> int:
         cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):
         pass  # no cgroup, or "max": no limit
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(cores)
     return cores
 
@@ -75,3 +76,12 @@ def peak_memory(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_now() -> int:
+    """Bytes: what the GPU has allocated at this moment, or the process's resident size."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_allocated())
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -2,22 +2,24 @@
 
 import math
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from app.catalog import Interrupted, RunContext
-from app.errors import Code, RunError
+from app.specs import TrainSpec
 from workers.loading import ppo_math
 from workers.loading.actor_critic import ActorCritic
 from workers.loading.cadence import Cadence
-from workers.loading.rollouts import Judge, Prompt, Rollout, roll_out
+from workers.loading.health import Health
+from workers.loading.judging import Judge
+from workers.loading.prompts import Prompt
+from workers.loading.rollouts import Rollout, roll_out
+from workers.loading.signs import Signs
+from workers.loading.stopping import Stopping
+from workers.loading.watch import Watch
 
-MAX_BAD_STEPS = 3
-KL_RUNAWAY = 30.0
-"""Nats per answer, from which on a policy has usually left what the reward model knows (warned once)."""
 STATE = "optimizer.pt"
 
 
@@ -48,6 +50,7 @@ class PpoSettings:
     lam: float
     whiten_rewards: bool
     missing_eos_penalty: float | None
+    reward_weights: tuple[float, ...] | None
     save_steps: int
     checkpoint_seconds: float
     keep: int | None
@@ -68,14 +71,14 @@ class Ppo:
     ctx: RunContext
     save: Callable[[Path], None]
     """Writes the policy into a checkpoint folder."""
+    spec: TrainSpec
+    evaluate: Callable[[], float] | None = None
+    """The mean reward on held-out prompts."""
     step: int = 0
     kl_coef: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
-    """Metrics of the steps of this attempt."""
-    tokens: int = 0
-    seconds: float = 0.0
-    _bad: int = 0
-    _warned: set[str] = field(default_factory=set)
+    """Metrics of all steps, those of earlier attempts too."""
+    watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         import torch
@@ -83,7 +86,10 @@ class Ppo:
 
         settings = self.settings
         self.kl_coef = settings.kl_coef
-        self._cadence = Cadence(settings.checkpoint_seconds)
+        self.watch.cadence = self._cadence = Cadence(settings.checkpoint_seconds)
+        self.watch.health = self._health = Health(self.ctx, "lower training.learning_rate, or raise ppo.kl_coef")
+        self.watch.stopping = self._stopping = Stopping(self.spec, self.ctx)
+        self._signs = Signs(self._health, "ppo.response_length")
         self.optimizer = torch.optim.AdamW(
             self.actor.parameters(),
             lr=settings.learning_rate,
@@ -97,32 +103,62 @@ class Ppo:
 
     def run(self, resume_from: Path | None = None) -> None:
         """All steps. Raises Interrupted once a stop is saved, RunError non_finite_loss."""
-        if resume_from is not None:
-            self._load(resume_from)
-        first, started = self.step, time.monotonic()
-        self._cadence.start()
-        while self.step < self.settings.steps:
+        ended = self._load(resume_from) if resume_from is not None else False
+        self.watch.begin(self.step)
+        while self.step < self.settings.steps and not ended:
             self.step += 1
             metrics = self._one_step()
-            self.seconds = time.monotonic() - started
-            self.history.append(metrics)
-            self.ctx.metrics(self.step, metrics)
-            pace = self.seconds / (self.step - first)
+            best = self._evaluate(metrics)
+            self.history.append(dict(metrics))
+            self.ctx.metrics(self.step, metrics | self.watch.numbers(self.step, self.settings.steps))
             self.ctx.progress(
                 self.step,
                 self.settings.steps,
                 epoch=self.step * self.settings.rows / len(self.prompts),
                 loss=metrics["loss"] if math.isfinite(metrics["loss"]) else None,
-                tokens_per_second=self.tokens / self.seconds,
-                eta_seconds=pace * (self.settings.steps - self.step),
+                tokens_per_second=self.watch.tokens_per_second,
+                eta_seconds=self.watch.stepped(self.step, self.settings.steps),
             )
-            self._watch(metrics)
-            stop = self.step < self.settings.steps and self.ctx.stop_requested()
-            planned = self.step % self.settings.save_steps == 0 or self.step == self.settings.steps
-            if not self._bad and (stop or planned or self._cadence.due()):
-                self._checkpoint(metrics)
+            self._health.step(self.step, _judged(metrics), metrics["grad_norm"])
+            unended = 1 - metrics["val/num_eos_tokens"] / self.settings.rows
+            self._signs.step(self.step, metrics["objective/kl"], unended)
+            if self._stopping.seconds_left() == 0 and self.step < self.settings.steps:
+                self._stopping.spend(self.step)
+            ended = self._stopping.reason is not None or self.step == self.settings.steps
+            stop = not ended and self.ctx.stop_requested()
+            planned = self.step % self.settings.save_steps == 0 or ended or (best and self._stopping.keeps_best)
+            if not self._health.bad_steps and (stop or planned or self._cadence.due()):
+                self._checkpoint(metrics, ended=ended)
             if stop:
                 raise Interrupted("stopped on request; the last step is saved as a checkpoint")
+        self._finish()
+
+    def _finish(self) -> None:
+        """What the run came to, and the best weights where they are wanted."""
+        rewards = [entry["objective/scores"] for entry in self.history]
+        self._health.trend(rewards, "reward", rises=True, final=True)
+        self.ctx.result(stopped_by=self._stopping.reason)
+        best = self._stopping.best
+        if not self._stopping.loads_best or best is None or best.step == self.step:
+            return
+        if best.folder is None or not best.folder.is_dir():
+            message = f"the weights of step {best.step}, the best one, are gone; those of step {self.step} are taken"
+            self.ctx.event("best_checkpoint_missing", message, level="warn", step=best.step)
+            return
+        self.actor.load_policy(best.folder)
+        message = f"the weights of step {best.step} are taken, where {self._stopping.metric} was {best.value:.6g}"
+        self.ctx.event("best_checkpoint_loaded", message, step=best.step, value=best.value)
+
+    def _evaluate(self, metrics: dict[str, float]) -> bool:
+        """Adds the held-out reward where one is due; True if it is the best so far."""
+        training = self.spec.training
+        rows, prompts = self.settings.rows, len(self.prompts)
+        epoch_ends = self.step * rows // prompts > (self.step - 1) * rows // prompts or self.step == self.settings.steps
+        due = {"no": False, "steps": self.step % (training.eval_steps or 1) == 0, "epoch": epoch_ends}
+        if self.evaluate is None or not due[training.eval_strategy]:
+            return False
+        metrics["eval_reward"] = self.evaluate()
+        return self._stopping.evaluated(self.step, metrics)
 
     def _one_step(self) -> dict[str, float]:
         import torch
@@ -138,8 +174,9 @@ class Ppo:
             stops=self.stops,
             micro_batch=self.settings.micro,
             tick=self.ctx.tick,
+            weights=self.settings.reward_weights,
         )
-        self.tokens += int(rollout.answer_mask.sum())
+        self.watch.tokens += int(rollout.answer_mask.sum())
         scores = rollout.scores.clone()
         if self.settings.missing_eos_penalty is not None:
             scores = torch.where(rollout.ended, scores, scores - self.settings.missing_eos_penalty)
@@ -159,6 +196,7 @@ class Ppo:
             "objective/scores": float(rollout.scores.mean()),
             "val/num_eos_tokens": float(rollout.ended.sum()),
             "val/response_length": float(mask.sum(1).mean()),
+            **{f"rewards/{name}/mean": sum(part) / len(part) for name, part in rollout.parts.items()},
             "objective/kl_coef": self.kl_coef,
             "learning_rate": self.scheduler.get_last_lr()[0],
             **losses,
@@ -239,32 +277,7 @@ class Ppo:
             self.scheduler.step()
         return seen | {"grad_norm": float(norm)}
 
-    def _watch(self, metrics: dict[str, float]) -> None:
-        """The guard over numbers, and the signs of a policy that games its judge."""
-        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["objective/scores"])
-        self._bad = 0 if finite else self._bad + 1
-        if self._bad >= MAX_BAD_STEPS:
-            raise RunError(
-                Code.NON_FINITE_LOSS,
-                f"the loss was not finite in {MAX_BAD_STEPS} steps in a row, up to step {self.step}",
-                hint="lower training.learning_rate, or raise ppo.kl_coef",
-            )
-        if self._bad == 1:
-            self.ctx.event(
-                "non_finite_loss", f"the loss of step {self.step} is not finite", level="warn", step=self.step
-            )
-        if metrics["objective/kl"] > KL_RUNAWAY:
-            self._warn("kl_runaway", f"the policy is {metrics['objective/kl']:.0f} nats from where it began")
-        unended = metrics["val/num_eos_tokens"] < 0.1 * self.settings.rows
-        if unended and self.history[0]["val/num_eos_tokens"] > 0.5 * self.settings.rows:
-            self._warn("length_explosion", "answers that used to end now run to ppo.response_length")
-
-    def _warn(self, code: str, message: str) -> None:
-        if code not in self._warned:
-            self._warned.add(code)
-            self.ctx.event(code, f"step {self.step}: {message}", level="warn", step=self.step)
-
-    def _checkpoint(self, metrics: dict[str, float]) -> None:
+    def _checkpoint(self, metrics: dict[str, float], *, ended: bool) -> None:
         import torch
 
         self._cadence.begin()
@@ -277,13 +290,19 @@ class Ppo:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "critic": self.actor.critic_state(),
+            "history": self.history,
         }
         torch.save(state, folder / STATE)
+        self.watch.save(folder, self.step, ended=ended)
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self.ctx.checkpoint(folder, self.step, finite, keep=self.settings.keep)
+        score = self._stopping.score(finite)
+        self.ctx.checkpoint(
+            folder, self.step, finite, keep=self.settings.keep, score=math.inf if score is None else score
+        )
         self._cadence.end()
 
-    def _load(self, folder: Path) -> None:
+    def _load(self, folder: Path) -> bool:
+        """Goes on from a checkpoint; True when no step comes after it."""
         import torch
 
         state = torch.load(folder / STATE, weights_only=True, map_location=self.actor.model.device)
@@ -291,3 +310,12 @@ class Ppo:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.kl_coef = state["step"], state["kl_coef"]
+        self.history = state.get("history", [])
+        if self.history:
+            self._signs.began(1 - self.history[0]["val/num_eos_tokens"] / self.settings.rows)
+        return bool(self.watch.restore(folder).get("ended"))
+
+
+def _judged(metrics: dict[str, float]) -> float:
+    """The loss; not finite either where the judge's scores are not."""
+    return metrics["loss"] if math.isfinite(metrics["objective/scores"]) else metrics["objective/scores"]

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from app.catalog import RunContext
 from app.errors import Code, RunError
 from app.files.rows import Example, read_judged, read_pairs
-from app.files.turns import Message, RowError
+from app.files.turns import RowError
+from workers.loading.chat import render
 from workers.loading.prepared import origin, read_rows, rows_file, rows_of
-from workers.loading.sampling import BatchOrder
+from workers.loading.sampling import rows_in_order
 
 
 class Preference(NamedTuple):
@@ -34,19 +35,14 @@ def encode_preference(pair: Example, tokenizer: Any, stops: set[int]) -> Prefere
         texts = [asked + "\n".join(turn["content"] for turn in answer) for answer in (pair.chosen, pair.rejected)]
         before = asked
     else:
-        before = _render(pair.messages, tokenizer, opening=True)
-        texts = [_render(pair.messages + answer, tokenizer) for answer in (pair.chosen, pair.rejected)]
+        before = render(pair.messages, tokenizer, pair.tools, opening=True)
+        texts = [render(pair.messages + answer, tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected)]
         before = commonprefix([before, *texts])  # some templates rewrite what came before
     prompt = tokenizer(before, add_special_tokens=not tokenizer.chat_template).input_ids
     while not tokenizer.chat_template and prompt and prompt[-1] == tokenizer.eos_token_id:
         prompt.pop()
     chosen, rejected = (_ended(text[len(before) :], tokenizer, stops) for text in texts)
     return Preference(list(prompt), chosen, rejected)
-
-
-def _render(messages: list[Message], tokenizer: Any, *, opening: bool = False) -> str:
-    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opening))
 
 
 def _ended(text: str, tokenizer: Any, stops: set[int]) -> list[int]:
@@ -211,8 +207,9 @@ def _judged(
 ) -> Iterator[tuple[list[int], list[int], bool]]:
     number = 0
     try:
-        for number, (messages, label) in enumerate(read_judged(path, format), 1):  # noqa: B007 - read in the handler
-            row = encode_preference(Example(messages[:-1], messages[-1:], messages[-1:]), tokenizer, stops)
+        for number, (judged, label) in enumerate(read_judged(path, format), 1):  # noqa: B007 - read in the handler
+            *asked, answer = judged.messages
+            row = encode_preference(Example(asked, [answer], [answer], tools=judged.tools), tokenizer, stops)
             yield row.prompt, row.chosen, label
     except RowError as error:
         raise RunError(Code.BAD_DATA, str(error), param=field) from error
@@ -246,7 +243,7 @@ def ordering_pairs(trainer: Any) -> Any:
             if "prompt_ids" in rows.column_names:
                 asked = rows["prompt_ids"]
                 lengths = [length + len(ids) for length, ids in zip(lengths, asked, strict=True)]
-            return BatchOrder(lengths, self.args.train_batch_size, self.args.seed)
+            return rows_in_order(lengths, self.args)
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset

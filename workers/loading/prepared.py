@@ -18,7 +18,7 @@ from workers.loading.companions import tokenizer_files
 from workers.loading.weights import sha256_files
 
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
-ENCODING = 1
+ENCODING = 2
 """Raised when our own encoding changes, so that rows made by an older version are made again."""
 _BATCH = 1000
 

@@ -1,18 +1,25 @@
 """Reward models: a language model with one number on top, read at the last token of a conversation."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.catalog import RunContext
 from app.errors import Code, RunError
 from app.files.rows import read_pairs
+from app.files.tools import Tool
 from app.files.turns import Message, RowError
-from app.specs import ModelBlock
+from app.specs import ModelBlock, TrainSpec
+from workers.loading import chat
 from workers.loading.adapters import CONFIG_FILE
 from workers.loading.devices import Compute, device_and_dtype
-from workers.loading.models import attach_adapter, differentiable, refuse_quantised
+from workers.loading.fresh import attach_adapter
+from workers.loading.learning import held_rows
+from workers.loading.models import differentiable, refuse_quantised
 from workers.loading.prepared import origin, read_rows, rows_file, rows_of
+from workers.loading.products import quicken
+from workers.loading.row_losses import precision, softplus
+from workers.loading.speedups import attention
 from workers.loading.weights import tensor_headers
 
 HEAD = "score"
@@ -34,10 +41,11 @@ def load_trainable(directory: Path, block: ModelBlock, ctx: RunContext) -> tuple
     requested = block.dtype or (quantization.bnb_4bit_compute_dtype if quantization else None)
     compute = device_and_dtype(requested, ctx, "model.dtype")
     refuse_quantised(directory, "trained", block.model_name_or_path)
+    how = attention(block, compute, ctx)
     if block.peft_config is None:
-        return _load(directory, compute, dtype="float32"), compute
-    model = _load(directory, compute, quantization=quantization)
-    return attach_adapter(model, block.peft_config, ctx, task_type="SEQ_CLS"), compute
+        return quicken(_load(directory, compute, dtype="float32", attn=how), compute), compute
+    model = _load(directory, compute, quantization=quantization, attn=how)
+    return quicken(attach_adapter(model, block.peft_config, ctx, task_type="SEQ_CLS"), compute), compute
 
 
 def load_scorer(directory: Path, base: Path | None, compute: Compute, tokenizer: Any) -> Scorer:
@@ -56,14 +64,20 @@ def load_scorer(directory: Path, base: Path | None, compute: Compute, tokenizer:
 
 
 def _load(
-    directory: Path, compute: Compute, *, dtype: str | None = None, quantization: Any = None, whole: bool = False
+    directory: Path,
+    compute: Compute,
+    *,
+    dtype: str | None = None,
+    quantization: Any = None,
+    whole: bool = False,
+    attn: str | None = None,
 ) -> Any:
     import torch
     from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
     from transformers import logging as transformers_logging
 
     tensor_headers(directory)
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"attn_implementation": attn} if attn else {}
     if quantization:
         extra["device_map"] = {"": compute.device}
         extra["quantization_config"] = BitsAndBytesConfig(
@@ -115,10 +129,52 @@ def scores(model: Any, input_ids: Any, attention_mask: Any) -> Any:
     return head(pooled.to(next(head.parameters()).dtype)).squeeze(-1).float()
 
 
-def render(messages: list[Message], tokenizer: Any) -> list[int]:
+def pair_measure(
+    model: Any, pairs: Any, spec: TrainSpec, compute: Compute, ctx: RunContext
+) -> Callable[[], dict[str, list[float]]]:
+    """For the learning check: loss (Bradley-Terry), accuracy and margin of held-out pairs."""
+    lengths = [max(map(len, both)) for both in zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)]
+    rows = pairs[held_rows(lengths, spec.training.seed)]
+
+    def measure() -> dict[str, list[float]]:
+        answers = [*rows["chosen_ids"], *rows["rejected_ids"]]
+        batch_size = spec.training.per_device_eval_batch_size
+        found = row_rewards(model, answers, compute=compute, batch_size=batch_size, ctx=ctx)
+        half = len(found) // 2
+        margins = [good - bad for good, bad in zip(found[:half], found[half:], strict=True)]
+        return {
+            "margin": margins,
+            "accuracy": [float(margin > 0) for margin in margins],
+            "loss": [softplus(-margin) for margin in margins],
+        }
+
+    return measure
+
+
+def row_rewards(
+    model: Any, rows: Sequence[Sequence[int]], *, compute: Compute, batch_size: int, ctx: RunContext
+) -> list[float]:
+    """The reward of each row of token ids, in their order. Rows of like length share a batch."""
+    import torch
+
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    found: dict[int, float] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = max(len(rows[row]) for row in chosen)
+        ids = torch.tensor([[*rows[row], *[0] * (longest - len(rows[row]))] for row in chosen], device=model.device)
+        real = [[1] * len(rows[row]) + [0] * (longest - len(rows[row])) for row in chosen]
+        with precision(compute):
+            judged = scores(model, ids, torch.tensor(real, device=model.device))
+        found |= zip(chosen, judged.tolist(), strict=True)
+        ctx.tick()
+    return [found[row] for row in range(len(rows))]
+
+
+def render(messages: list[Message], tokenizer: Any, tools: Sequence[Tool] = ()) -> list[int]:
     """A conversation as the reward model reads it: with its own template, or question and answer as they are."""
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = chat.render(messages, tokenizer, tools)
         return list(tokenizer(text, add_special_tokens=False).input_ids)
     text = "\n".join(turn["content"] for turn in messages)
     return [*tokenizer(text).input_ids, tokenizer.eos_token_id]
@@ -170,7 +226,10 @@ def _rendered(path: Path, tokenizer: Any, field: str) -> Iterable[tuple[list[int
     number = 0
     try:
         for number, pair in enumerate(read_pairs(path), 1):  # noqa: B007 - read in the handler
-            yield render(pair.messages + pair.chosen, tokenizer), render(pair.messages + pair.rejected, tokenizer)
+            good, bad = (
+                render(pair.messages + answer, tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected)
+            )
+            yield good, bad
     except RowError as error:
         raise RunError(Code.BAD_DATA, str(error), param=field) from error
     except Exception as error:

@@ -1,28 +1,17 @@
-"""Rollouts: the policy answers prompts, and what each token of the answers earned is worked out once."""
+"""Rollouts: a policy answers prompts, and what is known of the answers is worked out once."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from app.catalog import RunContext
-from app.errors import Code, RunError
-from app.files.rows import Format, read_prompts
-from app.files.turns import Message, RowError
+from app.specs import TrainSpec
 from workers.loading.actor_critic import ActorCritic
+from workers.loading.judging import Judge, total
+from workers.loading.learning import held_rows
 from workers.loading.ppo_math import answer_mask
-from workers.loading.reward_model import Scorer, render, scores
-
-Judge = Callable[[Sequence[list[Message]], Sequence[str]], list[float]]
-"""Scores of answers: the prompts' turns and the answers' texts in, one number each out."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is asked: the turns, and their tokens with the opening of an answer."""
-
-    turns: list[Message]
-    ids: list[int]
+from workers.loading.prompts import Prompt
 
 
 @dataclass
@@ -37,7 +26,9 @@ class Rollout:
     reference: Any
     values: Any
     scores: Any
-    """(rows,)"""
+    """(rows,): the weighted sum of the parts."""
+    parts: Mapping[str, Sequence[float]]
+    """What each grader said."""
     ended: Any
     """(rows,) bool: whether an end token came in time."""
 
@@ -45,68 +36,6 @@ class Rollout:
     def tokens(self) -> int:
         """Longest answer that was possible."""
         return int(self.answer_mask.shape[1])
-
-
-def load_prompts(
-    path: Path, format: Any, tokenizer: Any, *, max_tokens: int, ctx: RunContext, field: str = "dataset.file"
-) -> list[Prompt]:
-    """Every row's prompt, rendered. Those longer than ``max_tokens`` are left out and counted. Raises RunError."""
-    shape: Format = format
-    prompts: list[Prompt] = []
-    dropped = number = 0
-    try:
-        for number, turns in enumerate(read_prompts(path, shape), 1):  # noqa: B007 - read in the handler
-            ids = _opened(turns, tokenizer)
-            if len(ids) > max_tokens:
-                dropped += 1
-            else:
-                prompts.append(Prompt(turns, ids))
-    except RowError as error:
-        raise RunError(Code.BAD_DATA, str(error), param=field) from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "jinja2":
-            raise
-        raise RunError(Code.BAD_DATA, f"row {number}: the chat template refuses it: {error}", param=field) from error
-    if not prompts:
-        raise RunError(
-            Code.BAD_DATA,
-            f"no prompt is left: all {dropped} are longer than {max_tokens} tokens",
-            hint="raise training.max_length, or lower ppo.response_length",
-            param=field,
-        )
-    if dropped:
-        message = f"{dropped} prompts are longer than {max_tokens} tokens and were left out"
-        ctx.event("rows_dropped", message, level="warn", dropped=dropped, max_length=max_tokens)
-    ctx.event("dataset_loaded", f"{field}: {len(prompts)} prompts", rows=len(prompts))
-    return prompts
-
-
-def _opened(turns: list[Message], tokenizer: Any) -> list[int]:
-    if tokenizer.chat_template:
-        plain = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
-        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-    return list(tokenizer("\n".join(turn["content"] for turn in turns)).input_ids)
-
-
-def scoring(judge: Scorer, batch_size: int) -> Judge:
-    """A reward model as a judge: each conversation is rendered anew with the reward model's own template."""
-    import torch
-
-    def run(prompts: Sequence[list[Message]], answers: Sequence[str]) -> list[float]:
-        found: list[float] = []
-        device = next(judge.model.parameters()).device
-        for start in range(0, len(answers), batch_size):
-            pairs = zip(prompts[start : start + batch_size], answers[start : start + batch_size], strict=True)
-            rows = [render([*turns, {"role": "assistant", "content": text}], judge.tokenizer) for turns, text in pairs]
-            longest = max(map(len, rows))
-            ids = torch.tensor([row + [judge.tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-            with torch.no_grad():
-                found += scores(judge.model, ids.to(device), mask.to(device)).tolist()
-        return found
-
-    return run
 
 
 def roll_out(
@@ -119,6 +48,7 @@ def roll_out(
     stops: set[int],
     micro_batch: int,
     tick: Callable[[], None],
+    weights: Sequence[float] | None = None,
 ) -> Rollout:
     """One answer to each prompt, with everything that the update needs, computed without gradients.
 
@@ -126,18 +56,25 @@ def roll_out(
     """
     import torch
 
-    pad, device = tokenizer.pad_token_id, actor.model.device
-    longest = max(len(prompt.ids) for prompt in prompts)
-    asked = torch.tensor([[pad] * (longest - len(prompt.ids)) + prompt.ids for prompt in prompts], device=device)
-    real = torch.tensor(
-        [[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts], device=device
-    )
+    pad = tokenizer.pad_token_id
+    asked, real = left_padded([prompt.ids for prompt in prompts], pad, actor.model.device)
     chunks = range(0, len(prompts), micro_batch)
     with torch.no_grad():
         parts = []
         for start in chunks:
             rows = slice(start, start + micro_batch)
-            parts.append(_generate(actor, asked[rows], real[rows], response_length, stops, pad))
+            with actor.acting_as("policy") as model:
+                parts.append(
+                    generate(
+                        model,
+                        asked[rows],
+                        real[rows],
+                        tokens=response_length,
+                        stops=stops,
+                        pad=pad,
+                        temperature=actor.temperature,
+                    )
+                )
             tick()
         answers = torch.cat(parts)
         inside = answer_mask(answers, stops)
@@ -154,12 +91,23 @@ def roll_out(
     texts = [
         tokenizer.decode(row[kept.bool()], skip_special_tokens=True) for row, kept in zip(answers, inside, strict=True)
     ]
-    judged = torch.tensor(judge([prompt.turns for prompt in prompts], texts), device=device)
+    found = judge([prompt.answered(text) for prompt, text in zip(prompts, texts, strict=True)])
+    scores = torch.tensor(total(found, weights), device=asked.device)
     ended = sum((answers == stop) & inside.bool() for stop in stops).bool().any(dim=1)
-    return Rollout(ids, mask, inside, torch.cat(policy), torch.cat(reference), torch.cat(values), judged, ended)
+    return Rollout(ids, mask, inside, torch.cat(policy), torch.cat(reference), torch.cat(values), scores, found, ended)
 
 
-def _generate(actor: ActorCritic, ids: Any, mask: Any, tokens: int, stops: set[int], pad: int) -> Any:
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Any, Any]:
+    """Prompts of any lengths as ids and mask, ending together."""
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def generate(model: Any, ids: Any, mask: Any, *, tokens: int, stops: set[int], pad: int, temperature: float) -> Any:
     """Sampled answers (rows, ``tokens``), filled up with padding."""
     import torch
     from transformers import GenerationConfig
@@ -167,13 +115,71 @@ def _generate(actor: ActorCritic, ids: Any, mask: Any, tokens: int, stops: set[i
     config = GenerationConfig(
         max_new_tokens=tokens,
         do_sample=True,
-        temperature=actor.temperature,
+        temperature=temperature,
         top_k=0,
         top_p=1.0,
         eos_token_id=sorted(stops),
         pad_token_id=pad,
     )
-    with actor.acting_as("policy") as model:
+    with drawing_plainly(model):
         whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     answer = whole[:, ids.shape[1] :]
     return torch.nn.functional.pad(answer, (0, tokens - answer.shape[1]), value=pad)
+
+
+@contextlib.contextmanager
+def drawing_plainly(model: Any) -> Iterator[None]:
+    """Without what the model's own generation_config adds to whatever is not set, e.g. a repetition penalty.
+
+    Answers must be drawn from the probabilities that the update reckons with.
+    """
+    from transformers import GenerationConfig
+
+    models = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    kept = [one.generation_config for one in models]
+    for one in models:
+        one.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for one, config in zip(models, kept, strict=True):
+            one.generation_config = config
+
+
+def reward_measure(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    spec: TrainSpec,
+    ctx: RunContext,
+    *,
+    tokens: int,
+    temperature: float,
+    stops: set[int],
+    weights: Sequence[float] | None,
+) -> Callable[[], dict[str, list[float]]]:
+    """For the learning check: the reward of one answer to each held-out prompt, drawn with the same random numbers."""
+    rows = held_rows([len(prompt.ids) + tokens for prompt in prompts], spec.training.seed)
+    chosen = [prompts[row] for row in rows]
+    batch_size = spec.training.per_device_eval_batch_size
+
+    def measure() -> dict[str, list[float]]:
+        import torch
+
+        torch.manual_seed(spec.training.seed)  # the check puts the generator back
+        texts: list[str] = []
+        for start in range(0, len(chosen), batch_size):
+            asked = [prompt.ids for prompt in chosen[start : start + batch_size]]
+            ids, mask = left_padded(asked, tokenizer.pad_token_id, model.device)
+            pad = tokenizer.pad_token_id
+            answers = generate(model, ids, mask, tokens=tokens, stops=stops, pad=pad, temperature=temperature)
+            inside = answer_mask(answers, stops).bool()
+            texts += [
+                tokenizer.decode(row[kept], skip_special_tokens=True) for row, kept in zip(answers, inside, strict=True)
+            ]
+            ctx.tick()
+        found = judge([prompt.answered(text) for prompt, text in zip(chosen, texts, strict=True)])
+        return {"reward": total(found, weights)}
+
+    return measure

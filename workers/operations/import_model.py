@@ -1,7 +1,12 @@
-"""Import: a local model or adapter folder, or a GGUF file, becomes an artifact that every job can name."""
+"""Import: a local model or adapter folder, or a GGUF file, becomes an artifact that every job can name.
+
+Pickles can run any code and are never opened, but for one: ``adapter_model.bin``, which older versions of peft wrote.
+torch's loader for plain tensors reads it, and it is stored as safetensors.
+"""
 
 import json
 import os
+import pickle
 import shutil
 import stat
 from fnmatch import fnmatch
@@ -13,7 +18,8 @@ from pydantic import Field
 from app.catalog import Operation, RunContext
 from app.errors import Code, RunError
 from app.specs import JobSpec, ModelRef, Name
-from workers.loading import load_base, load_tokenizer, read_adapter, set_threads, tensor_headers
+from workers.loading import load_base, load_tokenizer, read_adapter, set_threads, sha256_files, tensor_headers
+from workers.loading.adapters import WEIGHTS_FILE
 from workers.loading.devices import Compute
 
 ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -22,6 +28,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 FOREIGN = ("trainer_state.json", "training_args*", "optimizer*", "scheduler*", "rng_state*", "*.index.json.lock")
 SKIPPED = (*FOREIGN, "MANIFEST.json", "COMPLETE.json")
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
+OLD_ADAPTER = "adapter_model.bin"
 PROBE = "What is the capital of France?"
 PROBE_ANSWER = "The capital of France is Paris."
 
@@ -36,22 +43,28 @@ class ImportSpec(JobSpec):
 
 
 def run(spec: ImportSpec, ctx: RunContext) -> None:
-    """Check, then copy or convert; nothing in the source is executed or unpickled."""
+    """Check, then copy or convert; nothing in the source is executed."""
     ctx.phase("staging")
     source = ctx.input("path")
     gguf = _gguf(source)
     folder = ctx.output(spec.kind, spec.name, imported=True)
+    converted = "gguf" if gguf else None
     if gguf:
         if spec.kind == "adapter":
             raise RunError(Code.BAD_SPEC, "a GGUF file holds a model; use kind: model", param="kind")
         _convert(gguf, folder, ctx)
     else:
-        _refuse_pickles(source)
+        old = spec.kind == "adapter" and (source / OLD_ADAPTER).exists() and not list(source.glob("*.safetensors"))
+        if old:
+            _rewrite(source, folder, ctx)
+            converted = OLD_ADAPTER
+        else:
+            _refuse_pickles(source)
         _copy(source, folder, ctx)
         _check(folder, spec.kind)
     files = sorted(path.name for path in folder.iterdir())
     total = sum(path.stat().st_size for path in folder.iterdir())
-    ctx.result(name=spec.name, kind=spec.kind, files=files, bytes=total, converted_from="gguf" if gguf else None)
+    ctx.result(name=spec.name, kind=spec.kind, files=files, bytes=total, converted_from=converted)
 
 
 def _gguf(source: Path) -> Path | None:
@@ -164,6 +177,40 @@ def _check(folder: Path, kind: str) -> None:
         hint = "use kind: adapter" if (folder / "adapter_config.json").exists() else None
         raise RunError(Code.MODEL_INVALID, "config.json is missing", hint=hint, param="path")
     tensor_headers(folder)
+
+
+# --- the adapters of older versions of peft ---------------------------------------------------------------------------
+
+
+def _rewrite(source: Path, folder: Path, ctx: RunContext) -> None:
+    """Stores the tensors of ``adapter_model.bin`` as safetensors; refuses a file that holds anything else."""
+    import torch
+    from safetensors.torch import save_file
+
+    old, new = ctx.work_dir / OLD_ADAPTER, folder / WEIGHTS_FILE
+    _refuse_escape(source / OLD_ADAPTER, source)
+    _copy_file(source / OLD_ADAPTER, old)
+    try:
+        tensors = torch.load(old, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError) as error:
+        raise _no_tensors(f"{type(error).__name__}") from error
+    if not isinstance(tensors, dict) or not tensors:
+        raise _no_tensors("no tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise _no_tensors(f"{str(name)[:64]} is none")
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, new, {"format": "pt"})
+    digests = {**sha256_files([old]), **sha256_files([new])}
+    ctx.event("weights_rewritten", f"{OLD_ADAPTER} was rewritten as {WEIGHTS_FILE}", sha256=digests)
+
+
+def _no_tensors(why: str) -> RunError:
+    return RunError(
+        Code.MODEL_INVALID,
+        f"{OLD_ADAPTER} holds more, or something else, than tensors by name ({why})",
+        hint="load the adapter with peft where you trust it, and save it again: that writes safetensors",
+        param="path",
+    )
 
 
 # --- converting GGUF --------------------------------------------------------------------------------------------------

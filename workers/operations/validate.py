@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 from app.catalog import Operation, RunContext
 from app.errors import Code, RunError
@@ -30,6 +30,7 @@ class ValidateSpec(JobSpec):
     """Check that a model can be used."""
 
     type: Literal["validate"] = "validate"
+    takes_adapters: ClassVar[bool] = True
     model: ModelRef
 
 

@@ -1,14 +1,15 @@
 """DPO: preferences learnt directly, without a reward model (Rafailov et al. 2023, arXiv 2305.18290)."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from app.catalog import Recipe, RunContext
 from app.errors import Code, RunError
-from app.specs import Spec, TrainSpec, conflict
+from app.specs import Better, Spec, TrainSpec, conflict
 from workers.loading import (
+    LearningCheck,
     Watch,
     canonical_adapter,
     checked_start,
@@ -18,6 +19,7 @@ from workers.loading import (
     load_tokenizer,
     non_finite,
     peak_memory,
+    read_data,
     reporter,
     run_trainer,
     set_threads,
@@ -27,6 +29,7 @@ from workers.loading import (
     watched,
     write_base_record,
 )
+from workers.loading.margins import preference_margins, preference_measure
 from workers.loading.preferences import load_preferences, ordering_pairs, preferences_file
 
 
@@ -45,6 +48,12 @@ class DpoSpec(TrainSpec):
     dpo: DpoBlock = Field(default_factory=DpoBlock)
     # Smaller than in supervised training, as in the paper and in trl (1e-6 in full).
     learning_rates: ClassVar[tuple[float, float]] = (5e-5, 1e-6)
+    needs_reference: ClassVar[bool] = True
+    eval_metrics: ClassVar[dict[str, Better]] = {
+        "eval_loss": "lower",
+        "eval_rewards/margins": "higher",
+        "eval_rewards/accuracies": "higher",
+    }
 
     @model_validator(mode="after")
     def _pairs_only(self) -> Self:
@@ -57,12 +66,15 @@ def prepare(spec: DpoSpec, ctx: RunContext) -> None:
     """Fetches the model, looks at its files, tokenises the pairs: what needs no GPU."""
     start, tokenizer = checked_start(spec, ctx)
     stops, longest = stop_tokens(tokenizer, start.folder), spec.training.max_length
-    for field in ("dataset.file", *(["dataset.eval_file"] if spec.dataset.eval_file else [])):
-        preferences_file(ctx.input(field), tokenizer, stops=stops, max_length=longest, ctx=ctx, field=field)
+    read_data(
+        spec,
+        ctx,
+        lambda path, field: preferences_file(path, tokenizer, stops=stops, max_length=longest, ctx=ctx, field=field),
+    )
 
 
 def run(spec: DpoSpec, ctx: RunContext) -> None:
-    """Load, render, train, save."""
+    """Load, render, train, measure, save."""
     from transformers import set_seed
     from trl import DPOConfig, DPOTrainer
 
@@ -70,18 +82,17 @@ def run(spec: DpoSpec, ctx: RunContext) -> None:
     ctx.phase("staging")
     start = starting_point(ctx, "model.model_name_or_path", spec.model.model_name_or_path)
     base, name = start.folder, start.name
-    train_file = ctx.input("dataset.file")
-    eval_file = ctx.input("dataset.eval_file") if spec.dataset.eval_file else None
 
     ctx.phase("loading")
     set_seed(spec.training.seed)
     tokenizer = load_tokenizer(base)
     model, compute = load_model(base, spec.model, ctx)
-    stops = stop_tokens(tokenizer, base)
-
-    def dataset(path: Path, field: str) -> Any:
-        return load_preferences(path, tokenizer, stops=stops, max_length=spec.training.max_length, ctx=ctx, field=field)
-
+    stops, longest = stop_tokens(tokenizer, base), spec.training.max_length
+    train_data, eval_data = read_data(
+        spec,
+        ctx,
+        lambda path, field: load_preferences(path, tokenizer, stops=stops, max_length=longest, ctx=ctx, field=field),
+    )
     watch = Watch()
     full = spec.model.method == "full"
 
@@ -104,8 +115,8 @@ def run(spec: DpoSpec, ctx: RunContext) -> None:
             # so that no second copy is kept.
             precompute_ref_log_probs=full,
         ),
-        train_dataset=dataset(train_file, "dataset.file"),
-        eval_dataset=dataset(eval_file, "dataset.eval_file") if eval_file else None,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
         processing_class=tokenizer,
         callbacks=[reporter(ctx, watch, spec, tidy=tidy)],
     )
@@ -114,22 +125,26 @@ def run(spec: DpoSpec, ctx: RunContext) -> None:
         # trl keeps a copy of the adapter as reference; a fresh adapter changes nothing, so the model without it is the
         # same, and a checkpoint with two adapters is not read again.
         trainer.model.delete_adapter("ref")
+    check = LearningCheck(
+        ctx,
+        spec,
+        trainer.model,
+        start=base,
+        device=compute.device,
+        measure=preference_measure(trainer.model, eval_data, spec, compute, ctx) if eval_data else None,
+        on="margin",
+        derive=preference_margins(spec.dpo.beta),
+    )
+    check.before()
     run_trainer(trainer, ctx, watch)
     logged = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
-    learning: dict[str, float | None] = {
+    numbers = {
         "first_loss": logged[0]["loss"],
         "final_loss": logged[-1]["loss"],
         "first_margin": logged[0]["rewards/margins"],
         "final_margin": logged[-1]["rewards/margins"],
     }
-    if eval_file:
-        ctx.phase("evaluating")
-        after = trainer.evaluate()
-        learning |= {
-            "eval_loss": after["eval_loss"],
-            "eval_margin": after["eval_rewards/margins"],
-            "eval_accuracy": after["eval_rewards/accuracies"],
-        }
+    learning = {**numbers, **check.after()}
 
     ctx.phase("saving")
     folder = ctx.output("model" if full else "adapter", name=spec.experiment_name, learning=learning)
@@ -144,7 +159,8 @@ def run(spec: DpoSpec, ctx: RunContext) -> None:
     if bad:
         raise RunError(Code.NON_FINITE_WEIGHTS, f"{len(bad)} trained tensors hold NaN or infinity, e.g. {bad[0]}")
     ctx.result(
-        **learning,
+        **numbers,
+        **check.numbers,
         steps=trainer.state.global_step,
         epochs=trainer.state.epoch,
         trainable_parameters=sum(part.numel() for part in trainer.model.parameters() if part.requires_grad),

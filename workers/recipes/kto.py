@@ -7,8 +7,9 @@ from pydantic import Field, model_validator
 
 from app.catalog import Recipe, RunContext
 from app.errors import Code, RunError
-from app.specs import Spec, TrainSpec, conflict
+from app.specs import Better, Spec, TrainSpec, conflict
 from workers.loading import (
+    LearningCheck,
     Watch,
     canonical_adapter,
     checked_start,
@@ -18,6 +19,7 @@ from workers.loading import (
     load_tokenizer,
     non_finite,
     peak_memory,
+    read_data,
     reporter,
     run_trainer,
     set_threads,
@@ -27,6 +29,7 @@ from workers.loading import (
     watched,
     write_base_record,
 )
+from workers.loading.margins import judged_margins, judged_measure
 from workers.loading.preferences import in_given_order, judged_file, load_judged
 
 
@@ -45,6 +48,8 @@ class KtoSpec(TrainSpec):
     kto: KtoBlock = Field(default_factory=KtoBlock)
     # Smaller than in supervised training, as in the paper and in trl (1e-6 in full).
     learning_rates: ClassVar[tuple[float, float]] = (5e-5, 1e-6)
+    needs_reference: ClassVar[bool] = True
+    eval_metrics: ClassVar[dict[str, Better]] = {"eval_loss": "lower", "eval_rewards/margins": "higher"}
 
     @model_validator(mode="after")
     def _judged_only(self) -> Self:
@@ -63,8 +68,11 @@ def prepare(spec: KtoSpec, ctx: RunContext) -> None:
     """Fetches the model, looks at its files, tokenises the answers: what needs no GPU."""
     start, tokenizer = checked_start(spec, ctx)
     stops = stop_tokens(tokenizer, start.folder)
-    for field in ("dataset.file", *(["dataset.eval_file"] if spec.dataset.eval_file else [])):
-        judged_file(ctx.input(field), field=field, **_encoding(spec, ctx, tokenizer, stops, field))
+    read_data(
+        spec,
+        ctx,
+        lambda path, field: judged_file(path, field=field, **_encoding(spec, ctx, tokenizer, stops, field)),
+    )
 
 
 def _encoding(spec: KtoSpec, ctx: RunContext, tokenizer: Any, stops: set[int], field: str) -> dict[str, Any]:
@@ -82,7 +90,7 @@ def _encoding(spec: KtoSpec, ctx: RunContext, tokenizer: Any, stops: set[int], f
 
 
 def run(spec: KtoSpec, ctx: RunContext) -> None:
-    """Load, render, train, save."""
+    """Load, render, train, measure, save."""
     from transformers import set_seed
     from trl import KTOConfig, KTOTrainer
 
@@ -90,18 +98,17 @@ def run(spec: KtoSpec, ctx: RunContext) -> None:
     ctx.phase("staging")
     start = starting_point(ctx, "model.model_name_or_path", spec.model.model_name_or_path)
     base, name = start.folder, start.name
-    train_file = ctx.input("dataset.file")
-    eval_file = ctx.input("dataset.eval_file") if spec.dataset.eval_file else None
 
     ctx.phase("loading")
     set_seed(spec.training.seed)
     tokenizer = load_tokenizer(base)
     model, compute = load_model(base, spec.model, ctx)
     stops = stop_tokens(tokenizer, base)
-
-    def dataset(path: Path, field: str) -> Any:
-        return load_judged(path, field=field, **_encoding(spec, ctx, tokenizer, stops, field))
-
+    train_data, eval_data = read_data(
+        spec,
+        ctx,
+        lambda path, field: load_judged(path, field=field, **_encoding(spec, ctx, tokenizer, stops, field)),
+    )
     watch = Watch()
     full = spec.model.method == "full"
 
@@ -124,8 +131,8 @@ def run(spec: KtoSpec, ctx: RunContext) -> None:
             # so that no second copy is kept.
             precompute_ref_log_probs=full,
         ),
-        train_dataset=dataset(train_file, "dataset.file"),
-        eval_dataset=dataset(eval_file, "dataset.eval_file") if eval_file else None,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
         processing_class=tokenizer,
         callbacks=[reporter(ctx, watch, spec, tidy=tidy)],
     )
@@ -134,21 +141,26 @@ def run(spec: KtoSpec, ctx: RunContext) -> None:
         # trl keeps a copy of the adapter as reference; a fresh adapter changes nothing, so the model without it is the
         # same, and a checkpoint with two adapters is not read again.
         trainer.model.delete_adapter("ref")
+    check = LearningCheck(
+        ctx,
+        spec,
+        trainer.model,
+        start=base,
+        device=compute.device,
+        measure=judged_measure(trainer.model, eval_data, spec, compute, ctx) if eval_data else None,
+        on="margin",
+        derive=judged_margins(spec.kto.beta),
+    )
+    check.before()
     run_trainer(trainer, ctx, watch)
     logged = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
-    learning: dict[str, float | None] = {
+    numbers = {
         "first_loss": logged[0]["loss"],
         "final_loss": logged[-1]["loss"],
         "first_margin": logged[0]["rewards/margins"],
         "final_margin": logged[-1]["rewards/margins"],
     }
-    if eval_file:
-        ctx.phase("evaluating")
-        after = trainer.evaluate()
-        learning |= {
-            "eval_loss": after["eval_loss"],
-            "eval_margin": after.get("eval_rewards/margins"),
-        }
+    learning = {**numbers, **check.after()}
 
     ctx.phase("saving")
     folder = ctx.output("model" if full else "adapter", name=spec.experiment_name, learning=learning)
@@ -163,7 +175,8 @@ def run(spec: KtoSpec, ctx: RunContext) -> None:
     if bad:
         raise RunError(Code.NON_FINITE_WEIGHTS, f"{len(bad)} trained tensors hold NaN or infinity, e.g. {bad[0]}")
     ctx.result(
-        **learning,
+        **numbers,
+        **check.numbers,
         steps=trainer.state.global_step,
         epochs=trainer.state.epoch,
         trainable_parameters=sum(part.numel() for part in trainer.model.parameters() if part.requires_grad),

@@ -1,44 +1,45 @@
-"""PPO: reinforcement learning from a reward model (Schulman et al. 2017; Stiennon et al. 2020; Ouyang et al. 2022).
+"""PPO: reinforcement learning from a judge (Schulman et al. 2017; Stiennon et al. 2020; Ouyang et al. 2022).
 
-The policy answers prompts, a reward model judges the answers, a penalty keeps the policy near where it began, and
+The policy answers prompts, a reward model or graders score them, a penalty keeps the policy near where it began, and
 clipped updates make better answers likelier. Policy and critic are two LoRA adapters on one set of weights, and the
 reference is those weights alone, so one copy serves all three.
 """
 
 import math
+from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from app.catalog import Recipe, RunContext
 from app.errors import Code, RunError
-from app.specs import MODEL_GRAMMAR, RefTo, Spec, TrainSpec
+from app.grading import GraderSpec, check_graders
+from app.specs import Better, RewardRef, Spec, TrainSpec, conflict
 from workers.loading import (
+    Compute,
+    LearningCheck,
     canonical_adapter,
+    checked_start,
     copy_companions,
-    fold,
     layer_digests,
     load_model,
     load_tokenizer,
     non_finite,
     peak_memory,
+    read_data,
     set_threads,
     starting_point,
     stop_tokens,
     write_base_record,
 )
 from workers.loading.actor_critic import ActorCritic
+from workers.loading.judging import Judge, judge_of, load_graders, reward_scoring
+from workers.loading.learning import undisturbed
 from workers.loading.ppo_loop import Ppo, PpoSettings
-from workers.loading.reward_model import load_scorer
-from workers.loading.rollouts import load_prompts, scoring
+from workers.loading.prompts import load_prompts, prompts_file
+from workers.loading.rollouts import reward_measure
 from workers.loading.trainer import checkpoints_kept
-
-RewardRef = Annotated[
-    str,
-    RefTo("reward"),
-    Field(min_length=1, max_length=512, description=f"The reward model that judges: {MODEL_GRAMMAR}."),
-]
 
 
 class PpoBlock(Spec):
@@ -62,16 +63,82 @@ class PpoBlock(Spec):
     missing_eos_penalty: float | None = Field(
         None, gt=0, le=100, description="Taken off the score of an answer that did not end in time."
     )
+    reward_weights: list[float] | None = Field(
+        None, max_length=16, description="What each grader's score is multiplied by before they are added; default 1."
+    )
 
 
 class PpoSpec(TrainSpec):
-    """PPO against a reward model. One step = answers to a batch of prompts, and the updates from them."""
+    """PPO against a reward model or graders. One step = answers to a batch of prompts, and the updates from them."""
 
     algorithm: Literal["ppo"] = "ppo"
-    reward_model: RewardRef
+    reward_model: RewardRef | None = Field(None, description="What judges the answers; or else graders.")
+    graders: list[GraderSpec] | None = Field(
+        None, max_length=16, description="What judges the answers, instead of a reward model; their scores are added."
+    )
     ppo: PpoBlock = Field(default_factory=PpoBlock)
     # Smaller than in supervised training: the data come from the policy itself (trl's examples use 3e-6 in full).
     learning_rates: ClassVar[tuple[float, float]] = (5e-5, 3e-6)
+    eval_metrics: ClassVar[dict[str, Better]] = {"eval_reward": "higher"}
+    needs_reference: ClassVar[bool] = True
+    several: ClassVar[bool] = False
+    by_trainer: ClassVar[bool] = False
+    judged: ClassVar[bool] = True
+    smallest: ClassVar[dict[str, Any]] = {"graders": [{"type": "number_match"}]}
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> Self:
+        # A spec without either is refused at submission, where it is known what reward models there are.
+        if self.graders is not None:
+            if self.reward_model is not None:
+                raise conflict(
+                    "graders",
+                    "reward_model and graders exclude each other",
+                    "A grader of type reward_model joins both.",
+                )
+            check_graders(self.graders, "graders", self.ppo.reward_weights, "ppo.reward_weights")
+        elif self.ppo.reward_weights is not None:
+            raise conflict("ppo.reward_weights", "reward_weights belongs to graders", "Leave reward_weights out.")
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_prompts(self) -> Self:
+        if self.ppo.response_length >= self.training.max_length:
+            raise conflict(
+                "ppo.response_length",
+                f"answers of {self.ppo.response_length} tokens leave no room for prompts",
+                f"Keep it below training.max_length, which is {self.training.max_length}.",
+            )
+        return self
+
+
+def prepare(spec: PpoSpec, ctx: RunContext) -> None:
+    """Fetches the models, looks at their files, tokenises the prompts and tries the graders on them."""
+    _, tokenizer = checked_start(spec, ctx)
+    if spec.reward_model is not None:
+        ctx.input("reward_model")
+    read_data(spec, ctx, partial(_prompts, prompts_file, spec, ctx, tokenizer))
+
+
+def _prompts(read: Any, spec: PpoSpec, ctx: RunContext, tokenizer: Any, path: Path, field: str) -> Any:
+    return read(
+        path,
+        spec.dataset.format,
+        tokenizer,
+        max_tokens=spec.training.max_length - spec.ppo.response_length,
+        ctx=ctx,
+        field=field,
+        room="ppo.response_length",
+        graders=spec.graders or (),
+    )
+
+
+def _judge(spec: PpoSpec, ctx: RunContext, compute: Compute) -> Judge:
+    micro = spec.training.per_device_train_batch_size
+    if spec.graders is not None:
+        return judge_of(load_graders(spec.graders, ctx, compute, micro))
+    score = reward_scoring(ctx, "reward_model", compute, micro)
+    return lambda samples: {"reward_model": score(samples)}
 
 
 def run(spec: PpoSpec, ctx: RunContext) -> None:
@@ -82,23 +149,14 @@ def run(spec: PpoSpec, ctx: RunContext) -> None:
     ctx.phase("staging")
     start = starting_point(ctx, "model.model_name_or_path", spec.model.model_name_or_path)
     base, name = start.folder, start.name
-    reward_dir = ctx.input("reward_model")
-    reward_base = _reward_base(ctx)
-    prompts_file = ctx.input("dataset.file")
 
     ctx.phase("loading")
     set_seed(spec.training.seed)
     tokenizer = load_tokenizer(base)
     model, compute = load_model(base, spec.model, ctx)
     actor = ActorCritic(model, spec.model, spec.ppo.temperature)
-    prompts = load_prompts(
-        prompts_file,
-        spec.dataset.format,
-        tokenizer,
-        max_tokens=max(spec.training.max_length - spec.ppo.response_length, 1),
-        ctx=ctx,
-    )
-    judge = load_scorer(reward_dir, reward_base, compute, load_tokenizer(reward_dir))
+    prompts, held_out = read_data(spec, ctx, partial(_prompts, load_prompts, spec, ctx, tokenizer))
+    judge = _judge(spec, ctx, compute)
     full = spec.model.method == "full"
 
     def save(folder: Path) -> None:
@@ -106,27 +164,52 @@ def run(spec: PpoSpec, ctx: RunContext) -> None:
         if not full:
             canonical_adapter(folder, name)
 
+    stops = stop_tokens(tokenizer, model.generation_config)
+    measure = None
+    if held_out:
+        measure = reward_measure(
+            model,
+            tokenizer,
+            held_out,
+            judge,
+            spec,
+            ctx,
+            tokens=spec.ppo.response_length,
+            temperature=spec.ppo.temperature,
+            stops=stops,
+            weights=spec.ppo.reward_weights,
+        )
     settings = ppo_settings(spec, len(prompts))
-    ppo = Ppo(
-        actor,
-        tokenizer,
-        prompts,
-        scoring(judge, settings.micro),
-        settings,
-        stop_tokens(tokenizer, model.generation_config),
+
+    def evaluate() -> float:
+        assert measure is not None
+        with undisturbed(model):
+            rewards = measure()["reward"]
+        return sum(rewards) / len(rewards)
+
+    ppo = Ppo(actor, tokenizer, prompts, judge, settings, stops, ctx, save, spec, evaluate if measure else None)
+    check = LearningCheck(
         ctx,
-        save,
+        spec,
+        model,
+        start=base,
+        device=compute.device,
+        measure=measure,
+        on="reward",
+        trained=actor.policy_parameters,
     )
+    check.before()
     ctx.phase("training")
     ppo.run(getattr(ctx, "resume_from", None))
-
-    ctx.phase("saving")
     first, last = ppo.history[0], ppo.history[-1]
-    learning = {
+    numbers = {
         "first_score": first["objective/scores"],
         "final_score": last["objective/scores"],
         "final_kl": last["objective/kl"],
     }
+    learning = {**numbers, **check.after()}
+
+    ctx.phase("saving")
     folder = ctx.output("model" if full else "adapter", name=spec.experiment_name, learning=learning)
     save(folder)
     copy_companions(base, folder)
@@ -138,28 +221,16 @@ def run(spec: PpoSpec, ctx: RunContext) -> None:
     if bad:
         raise RunError(Code.NON_FINITE_WEIGHTS, f"{len(bad)} trained tensors hold NaN or infinity, e.g. {bad[0]}")
     ctx.result(
-        **learning,
+        **numbers,
+        **check.numbers,
         steps=ppo.step,
         trainable_parameters=sum(parameter.numel() for parameter in actor.parameters()),
-        tokens_per_second=ppo.tokens / ppo.seconds if ppo.seconds else None,
-        train_seconds=ppo.seconds,
+        tokens_per_second=ppo.watch.tokens_per_second,
+        train_seconds=ppo.watch.seconds,
         peak_memory_bytes=peak_memory(compute.device),
         dtype=compute.dtype,
         device=compute.device,
     )
-
-
-def _reward_base(ctx: RunContext) -> Path | None:
-    """What the reward model's adapter was trained on; None for one that is whole."""
-    if not ctx.input_info("reward_model.base"):
-        return None
-    root = ctx.input("reward_model.base")
-    layers = [Path(layer) for layer in ctx.input_info("reward_model").get("under", ())]
-    if not layers:
-        return root
-    folder = ctx.work_dir / "judge"
-    fold(root, layers, root.name, folder)
-    return folder
 
 
 def ppo_settings(spec: PpoSpec, prompts: int) -> PpoSettings:
@@ -192,6 +263,7 @@ def ppo_settings(spec: PpoSpec, prompts: int) -> PpoSettings:
         lam=ppo.lam,
         whiten_rewards=ppo.whiten_rewards,
         missing_eos_penalty=ppo.missing_eos_penalty,
+        reward_weights=tuple(ppo.reward_weights) if ppo.reward_weights else None,
         save_steps=training.save_steps,
         checkpoint_seconds=training.checkpoint_seconds,
         keep=checkpoints_kept(spec),
@@ -199,4 +271,4 @@ def ppo_settings(spec: PpoSpec, prompts: int) -> PpoSettings:
     )
 
 
-recipe = Recipe(PpoSpec, run)
+recipe = Recipe(PpoSpec, run, prepare=prepare)

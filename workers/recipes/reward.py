@@ -1,22 +1,26 @@
 """Reward models: learn which of two answers people prefer (Bradley-Terry, as in Ouyang et al. 2022)."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from app.catalog import Recipe, RunContext
 from app.errors import Code, RunError
-from app.specs import TrainSpec, conflict
+from app.specs import Better, TrainSpec, conflict
 from workers.loading import (
+    LearningCheck,
     Watch,
     canonical_adapter,
     checked_start,
     copy_companions,
+    keep_start,
     layer_digests,
     load_tokenizer,
+    make_plain,
     non_finite,
     peak_memory,
+    read_data,
     reporter,
     run_trainer,
     set_threads,
@@ -25,14 +29,19 @@ from workers.loading import (
     watched,
     write_base_record,
 )
-from workers.loading.reward_model import load_pairs, load_trainable, pairs_file, scores
-from workers.loading.sampling import BatchOrder
+from workers.loading.reward_model import load_pairs, load_trainable, pair_measure, pairs_file, scores
+from workers.loading.sampling import rows_in_order
 
 
 class RewardSpec(TrainSpec):
     """Reward model from rows with a chosen and a rejected answer; PPO reads it from the registry."""
 
     algorithm: Literal["reward"] = "reward"
+    eval_metrics: ClassVar[dict[str, Better]] = {
+        "eval_loss": "lower",
+        "eval_accuracy": "higher",
+        "eval_margin": "higher",
+    }
 
     @model_validator(mode="after")
     def _pairs_only(self) -> Self:
@@ -46,12 +55,12 @@ class RewardSpec(TrainSpec):
 def prepare(spec: RewardSpec, ctx: RunContext) -> None:
     """Fetches the model, looks at its files, renders the pairs: what needs no GPU."""
     _, tokenizer = checked_start(spec, ctx)
-    for field in ("dataset.file", *(["dataset.eval_file"] if spec.dataset.eval_file else [])):
-        pairs_file(ctx.input(field), tokenizer, max_length=spec.training.max_length, ctx=ctx, field=field)
+    longest = spec.training.max_length
+    read_data(spec, ctx, lambda path, field: pairs_file(path, tokenizer, max_length=longest, ctx=ctx, field=field))
 
 
 def run(spec: RewardSpec, ctx: RunContext) -> None:
-    """Load, render, train, save."""
+    """Load, render, train, measure, save."""
     from transformers import set_seed
     from trl import RewardConfig, RewardTrainer
 
@@ -59,8 +68,6 @@ def run(spec: RewardSpec, ctx: RunContext) -> None:
     ctx.phase("staging")
     start = starting_point(ctx, "model.model_name_or_path", spec.model.model_name_or_path)
     base, name = start.folder, start.name
-    train_file = ctx.input("dataset.file")
-    eval_file = ctx.input("dataset.eval_file") if spec.dataset.eval_file else None
 
     ctx.phase("loading")
     set_seed(spec.training.seed)  # the head begins at random
@@ -68,42 +75,39 @@ def run(spec: RewardSpec, ctx: RunContext) -> None:
     model, compute = load_trainable(base, spec.model, ctx)
     model.config.pad_token_id = tokenizer.pad_token_id
 
-    def dataset(path: Path, field: str) -> Any:
-        return load_pairs(path, tokenizer, max_length=spec.training.max_length, ctx=ctx, field=field)
-
+    longest = spec.training.max_length
+    train_data, eval_data = read_data(
+        spec, ctx, lambda path, field: load_pairs(path, tokenizer, max_length=longest, ctx=ctx, field=field)
+    )
     watch = Watch()
     full = spec.model.method == "full"
 
     def tidy(folder: Path) -> None:
         if not full:
+            keep_start(model, folder)
             canonical_adapter(folder, name)
 
     trainer = _judging(watched(RewardTrainer, watch, lean_loss=False))(
         model=model,
         args=training_arguments(RewardConfig, spec.training, ctx, compute, max_length=None),
-        train_dataset=dataset(train_file, "dataset.file"),
-        eval_dataset=dataset(eval_file, "dataset.eval_file") if eval_file else None,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
         processing_class=tokenizer,
         callbacks=[reporter(ctx, watch, spec, tidy=tidy)],
     )
 
-    learning: dict[str, float | None] = {}
-    if eval_file:
-        ctx.phase("evaluating")
-        before = trainer.evaluate()
-        learning |= {"eval_loss_base": before["eval_loss"], "eval_accuracy_base": before["eval_accuracy"]}
+    measure = pair_measure(trainer.model, eval_data, spec, compute, ctx) if eval_data else None
+    check = LearningCheck(ctx, spec, trainer.model, start=base, device=compute.device, measure=measure, on="margin")
+    check.before()
     run_trainer(trainer, ctx, watch)
-    if eval_file:
-        ctx.phase("evaluating")
-        after = trainer.evaluate()
-        learning |= {key: after[key] for key in ("eval_loss", "eval_accuracy", "eval_margin")}
     logged = [entry for entry in trainer.state.log_history if "loss" in entry and "accuracy" in entry]
-    learning |= {
+    numbers = {
         "first_loss": logged[0]["loss"],
         "final_loss": logged[-1]["loss"],
         "train_loss": sum(entry["loss"] for entry in logged) / len(logged),
         "train_accuracy": logged[-1]["accuracy"],
     }
+    learning = {**numbers, **check.after()}
 
     ctx.phase("saving")
     folder = ctx.output("reward", name=spec.experiment_name, learning=learning)
@@ -111,6 +115,7 @@ def run(spec: RewardSpec, ctx: RunContext) -> None:
     tidy(folder)
     copy_companions(base, folder)
     if not full:
+        make_plain(folder)
         quantization = spec.model.quantization_config
         rounded = quantization.bnb_4bit_quant_type if quantization else None
         write_base_record(folder, start.root, name, rounded, layer_digests(start.layers))
@@ -118,7 +123,8 @@ def run(spec: RewardSpec, ctx: RunContext) -> None:
     if bad:
         raise RunError(Code.NON_FINITE_WEIGHTS, f"{len(bad)} trained tensors hold NaN or infinity, e.g. {bad[0]}")
     ctx.result(
-        **learning,
+        **numbers,
+        **check.numbers,
         steps=trainer.state.global_step,
         epochs=trainer.state.epoch,
         trainable_parameters=sum(part.numel() for part in trainer.model.parameters() if part.requires_grad),
@@ -140,7 +146,7 @@ def _judging(trainer: Any) -> Any:
             lengths = [
                 max(len(good), len(bad)) for good, bad in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
             ]
-            return BatchOrder(lengths, self.args.train_batch_size, self.args.seed)
+            return rows_in_order(lengths, self.args)
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

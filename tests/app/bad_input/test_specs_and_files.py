@@ -11,6 +11,8 @@ from fastapi.testclient import TestClient
 from app.settings import Settings
 from tests.support import make_adapter_folder, on_sqlite
 
+PEFT = "model.peft_config"
+
 
 def changed(spec: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     copy: dict[str, Any] = json.loads(json.dumps(spec))
@@ -29,7 +31,7 @@ def changed(spec: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("trainning", {}, "unknown_field", "Did you mean training?"),
         ("training.learningrate", 1e-4, "unknown_field", "Did you mean learning_rate?"),
         ("model.peft_config.lora_alfa", 8, "unknown_field", "Did you mean lora_alpha?"),
-        ("model.peft_config.zzzzzzzz", 8, "unknown_field", "Fields here: bias, "),
+        ("model.peft_config.zzzzzzzz", 8, "unknown_field", "Fields here: alpha_pattern, bias, "),
         ("training.max_steps", "sixty", "invalid_type", None),
         ("training.max_steps", True, "invalid_type", None),
         ("training.max_steps", 2.5, "invalid_type", None),
@@ -48,6 +50,12 @@ def changed(spec: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("model.peft_config.target_modules", [], "conflicting_fields", "standard"),
         ("model.peft_config.target_modules", "everything", "conflicting_fields", "all-linear"),
         ("model.peft_config.r", 0, "invalid_value", None),
+        ("model.peft_config.init_lora_weights", "eva", "conflicting_fields", "pissa"),
+        ("model.peft_config.init_lora_weights", "pizza", "conflicting_fields", "pissa_niter_<n>"),
+        ("model.peft_config.init_lora_weights", "pissa_niter_", "conflicting_fields", "pissa_niter_<n>"),
+        ("model.peft_config.rank_pattern.k_proj", 0, "invalid_value", None),
+        ("model.peft_config.rank_pattern.(a+)+$", 8, "invalid_value", None),
+        ("model.peft_config.modules_to_save", [], "invalid_value", None),
         ("model.quantization_config.load_in_4bit", False, "invalid_value", None),
         ("training.push_to_hub", True, "refused_field", "push_to_hub"),
         ("training.hub_token", "secret", "refused_field", "tokens never stand in a spec"),
@@ -71,7 +79,7 @@ def test_a_bad_field_is_named(
 
 
 @on_sqlite
-@pytest.mark.parametrize("field", ["type", "algorithm", "model", "dataset", "model.model_name_or_path", "dataset.file"])
+@pytest.mark.parametrize("field", ["model", "dataset", "model.model_name_or_path", "dataset.file"])
 def test_a_missing_field_is_named(
     api: TestClient, spec: dict[str, Any], refused: Callable[..., Any], field: str
 ) -> None:
@@ -80,6 +88,15 @@ def test_a_missing_field_is_named(
     for step in parents:
         place = place[step]
     del place[last]
+    refused(api.post("/jobs", json=spec), 400, "missing_field", field)
+
+
+@on_sqlite
+@pytest.mark.parametrize("field", ["type", "algorithm"])
+def test_without_a_model_and_a_dataset_nothing_says_what_a_spec_is(
+    api: TestClient, spec: dict[str, Any], refused: Callable[..., Any], field: str
+) -> None:
+    del spec["dataset"], spec[field]
     refused(api.post("/jobs", json=spec), 400, "missing_field", field)
 
 
@@ -107,11 +124,34 @@ def test_an_unknown_type_is_refused(
     [
         ({"model.use_peft": False, "model.peft_config": {"r": 8}}, "model.peft_config"),
         ({"model.use_peft": False, "model.quantization_config": {}}, "model.quantization_config"),
+        (
+            {"model.peft_config.init_lora_weights": "mica", "model.peft_config.use_dora": True},
+            f"{PEFT}.init_lora_weights",
+        ),
+        ({"model.peft_config.init_lora_weights": "orthogonal", "model.peft_config.r": 7}, f"{PEFT}.init_lora_weights"),
+        *(
+            (
+                {"model.quantization_config": {}, "model.peft_config.init_lora_weights": start},
+                "model.peft_config.init_lora_weights",
+            )
+            for start in ("pissa", "pissa_niter_2", "olora", "mica", "orthogonal")
+        ),
+        *(
+            ({"algorithm": algorithm, f"{PEFT}.{field}": value}, f"{PEFT}.{field}")
+            for algorithm in ("dpo", "kto")
+            for field, value in (("bias", "all"), ("init_lora_weights", "pissa"), ("init_lora_weights", False))
+        ),
+        ({"model.peft_config.init_lora_weights": "pissa", "model.peft_config.r": 64}, f"{PEFT}.r"),
+        ({"model.peft_config.modules_to_save": ["q_proj"]}, f"{PEFT}.modules_to_save"),
         ({"model.use_peft": False, "then": ["merge"]}, "then"),
         ({"then": ["deploy"]}, "then"),
         ({"then": ["deploy", "merge"]}, "then"),
         ({"then": ["merge", "merge"]}, "then"),
         ({"training.eval_strategy": "steps"}, "training.eval_steps"),
+        ({"algorithm": "dpo", "training.packing": True}, "training.packing"),
+        ({"algorithm": "dpo", "training.activation_offloading": True}, "training.activation_offloading"),
+        ({"algorithm": "ppo", "training.optim": "adamw_8bit"}, "training.optim"),
+        ({"algorithm": "ppo", "training.use_liger_kernel": True}, "training.use_liger_kernel"),
         ({"training.eval_strategy": "no", "training.evaluation_strategy": "no"}, "training.evaluation_strategy"),
     ],
 )
@@ -160,6 +200,17 @@ def test_a_model_that_cannot_be_used(
         value = reference.format(models=models, data=settings.data_dir)
         body = changed(spec, "model.model_name_or_path", value)
         refused(api.post("/jobs", json=body), status, code, "model.model_name_or_path")
+
+
+def test_conversations_for_a_model_without_a_chat_template(
+    api: TestClient, spec: dict[str, Any], refused: Callable[..., Any], models: Path
+) -> None:
+    config = models / "tiny" / "tokenizer_config.json"
+    config.write_text('{"eos_token": "</s>"}')
+    param = "model.model_name_or_path"
+    error = refused(api.post("/jobs", json=spec), 400, "conflicting_fields", param)
+    assert "no chat template" in error["message"]
+    assert "chat_template.jinja" in error["hint"]
 
 
 def test_target_modules_that_the_model_does_not_have(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.files.rows import check, detect, read, read_pairs, read_prompts
+from app.files.rows import Example, check, detect, read, read_pairs, read_prompts
 from app.files.turns import RowError
 
 ASK = {"role": "user", "content": "2 + 2?"}
@@ -41,7 +41,7 @@ def test_every_shape_of_a_preference(row: dict[str, Any], tmp_path: Path) -> Non
     path = write(tmp_path / "pairs.jsonl", row)
     report = check(path)
     assert (report.format, report.ok, report.longest_row) == ("preference", True, 7), report.problems
-    assert [tuple(pair) for pair in read_pairs(path)] == [([ASK], [GOOD], [BAD])]
+    assert list(read_pairs(path)) == [Example([ASK], [GOOD], [BAD])]
     assert list(read_prompts(path)) == [[ASK]]
 
 

@@ -119,7 +119,8 @@ def test_a_bad_conversation_names_the_field(tmp_path: Path, turns: Any, field: s
         ({"conversations": [{"value": "a"}]}, "conversations[0].from"),
         ({"conversations": [{"from": "human"}]}, "conversations[0].value"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "conversations"),
-        ({"text": "a"}, ""),
+        ({"title": "a"}, ""),
+        ({"text": ""}, "text"),
     ],
 )
 def test_a_bad_row_of_any_shape_names_the_field(tmp_path: Path, row: dict[str, Any], field: str) -> None:
@@ -146,7 +147,7 @@ def test_an_empty_file_is_a_problem(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (gzip.compress(GOOD_LINE), "gzip"),
+        (gzip.compress(GOOD_LINE, mtime=0), "gzip"),
         (b"PK\x03\x04abc", "zip"),
         (b"PAR1abc", "Parquet"),
         (GOOD_LINE.decode().encode("utf-16"), "UTF-16"),
@@ -241,7 +242,8 @@ def test_bom_crlf_and_blank_lines_are_tolerated(tmp_path: Path) -> None:
 
 
 def test_weights_parts_tool_calls_and_developer_messages_are_kept() -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    call: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 42}'}}
+    read_call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 42}}}
     row = {
         "messages": [
             {"role": "developer", "content": "be brief"},
@@ -254,7 +256,7 @@ def test_weights_parts_tool_calls_and_developer_messages_are_kept() -> None:
     assert to_messages(row, "messages") == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "ab"},
-        {"role": "assistant", "content": "", "tool_calls": [call], "weight": 0},
+        {"role": "assistant", "content": "", "tool_calls": [read_call], "weight": 0},
         {"role": "tool", "content": "42", "tool_call_id": "1"},
         {"role": "assistant", "content": "it is 42", "weight": 1},
     ]
@@ -276,14 +278,14 @@ def test_weights_parts_tool_calls_and_developer_messages_are_kept() -> None:
             {
                 "conversations": [
                     {"from": "human", "value": "a"},
-                    {"from": "function_call", "value": "f()"},
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
                     {"from": "observation", "value": "1"},
                     {"from": "gpt", "value": "b"},
                 ],
                 "system": "s",
             },
             "sharegpt",
-            [("system", "s"), ("user", "a"), ("assistant", "f()"), ("tool", "1"), ("assistant", "b")],
+            [("system", "s"), ("user", "a"), ("assistant", ""), ("tool", "1"), ("assistant", "b")],
         ),
     ],
 )

@@ -278,6 +278,35 @@ def test_the_stream_of_a_running_job_follows_it_to_its_end(api: TestClient, post
 
 
 @on_sqlite
+def test_numbers_of_an_evaluation_follow_those_of_their_step(api: TestClient, post: Any, ledger: Any) -> None:
+    """They are written later; also a client that comes back in between gets them."""
+    job_id = post()["id"]
+    attempt = ledger()
+    attempt.beat([{"kind": "metric", "step": 4, "values": {"loss": 0.5}}])
+    texts: dict[str, str] = {}
+
+    def listen(last: str) -> None:
+        texts[last] = api.get(f"/jobs/{job_id}/stream", headers={"last-event-id": last}).text
+
+    threads = [threading.Thread(target=listen, args=(last,)) for last in ("0", "m4")]
+    for thread in threads:
+        thread.start()
+    attempt.beat([{"kind": "metric", "step": 4, "values": {"eval_loss": 0.7}}])
+    attempt.beat([{"kind": "metric", "step": 5, "values": {"loss": 0.4}}])
+    attempt.succeed({}, [])
+    for thread in threads:
+        thread.join(20)
+    told = {last: [data for _, name, data in frames(text) if name == "metrics"] for last, text in texts.items()}
+    whole: dict[str, float] = {}
+    for step in told["0"][:-1]:
+        assert step["step"] == 4
+        assert not whole.keys() & step["values"].keys(), "each number once"
+        whole |= step["values"]
+    assert whole == {"loss": 0.5, "eval_loss": 0.7}
+    assert told["m4"] == [{"step": 4, "values": {"eval_loss": 0.7}}, {"step": 5, "values": {"loss": 0.4}}]
+
+
+@on_sqlite
 def test_a_long_history_comes_whole(api: TestClient, post: Any, ledger: Any, database: Database) -> None:
     job_id = post()["id"]
     attempt = ledger()

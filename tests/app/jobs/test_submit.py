@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from app.jobs.intake import read_spec
 from app.main import create_app
 from app.models import Job, JobDependency
 from app.settings import Settings
-from tests.support import make_adapter_folder, on_sqlite, train_spec
+from tests.support import make_adapter_folder, make_model_folder, on_sqlite, train_spec
 
 YAML = {"content-type": "application/yaml"}
 GUIDE_BLOCK = """\
@@ -94,6 +95,18 @@ def test_a_name_is_made_up(api: TestClient, spec: dict[str, Any]) -> None:
     assert len(name.rpartition("_")[2]) == 8
 
 
+def test_a_model_without_a_chat_template_learns_prompts_and_preferences(
+    api: TestClient, spec: dict[str, Any], models: Path, upload: Callable[..., Any]
+) -> None:
+    (models / "tiny" / "tokenizer_config.json").write_text("{}")
+    assert api.post("/jobs", json=spec).status_code == 400
+    pairs = upload(b'{"prompt": "2 + 2 =", "completion": " four"}\n').json()["id"]
+    assert api.post("/jobs", json={**spec, "dataset": {"file": pairs}}).status_code == 201
+    assert api.post("/jobs", json={**spec, "algorithm": "dpo"}).status_code == 201
+    (models / "tiny" / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert api.post("/jobs", json=spec).status_code == 201
+
+
 def test_follow_ups_are_jobs_of_their_own(api: TestClient, spec: dict[str, Any]) -> None:
     train = api.post("/jobs", json={**spec, "then": ["merge", "validate", "deploy"], "priority": 5}).json()
     deploy, validate, merge, first = api.get("/jobs").json()["data"]
@@ -131,6 +144,19 @@ def test_a_job_waits_for_the_job_that_it_names(api: TestClient, spec: dict[str, 
     merge = api.post("/jobs", json={"type": "merge", "adapter": f"job:{train['id']}"}).json()
     assert merge["depends_on"] == [train["id"]]
     assert merge["hold_reason"] == "dependency"
+
+
+@on_sqlite
+def test_a_merge_into_a_quantised_base_is_refused_with_its_sibling(api: TestClient, models: Path) -> None:
+    make_adapter_folder(models / "adapter")
+    make_model_folder(models / "Tiny-1B-AWQ")
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}
+    (models / "Tiny-1B-AWQ" / "config.json").write_text(json.dumps(config))
+    spec = {"type": "merge", "adapter": str(models / "adapter"), "base_model": str(models / "Tiny-1B-AWQ")}
+    error = api.post("/jobs", json=spec).json()["error"]
+    assert (error["code"], error["param"]) == ("quantised_base", "base_model")
+    assert "stored quantised (awq)" in error["message"]
+    assert error["hint"].endswith("Tiny-1B.")
 
 
 @on_sqlite

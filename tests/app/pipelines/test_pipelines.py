@@ -246,3 +246,25 @@ def test_nothing_to_try_again_is_a_conflict(api: TestClient, train: Callable[...
 def test_pipelines_of_others_are_not_there(api: TestClient) -> None:
     for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/retry")):
         assert api.request(method, f"/pipelines/pipe-{'0' * 24}{path}").status_code == 404
+
+
+def test_an_exam_that_is_not_passed_stops_what_waits_for_it(
+    api: TestClient, database: Database, train: Callable[..., dict[str, Any]], file_id: str
+) -> None:
+    grader = {"type": "string_check", "reference": "seven"}
+    exam = {"type": "evaluate", "model": "job:sft", "dataset": {"file": file_id}, "graders": [grader], "gate": {}}
+    jobs = {
+        "sft": train(),
+        "exam": exam,
+        "check": {"type": "validate", "model": "job:sft"},
+        "merged": {"type": "merge", "adapter": "job:sft", "after": ["exam"]},
+    }
+    answer = api.post("/pipelines", json={"name": "gated", "jobs": jobs})
+    assert answer.status_code == 201, answer.text
+    made = steps(answer.json())
+    end(database, made["sft"]["id"], JobState.SUCCEEDED)
+    end(database, made["exam"]["id"], JobState.FAILED)
+    now = steps(api.get(f"/pipelines/{answer.json()['id']}").json())
+    assert now["merged"]["status"] == "cancelled"
+    assert now["merged"]["error"]["code"] == "dependency_failed"
+    assert now["check"]["status"] == "queued"

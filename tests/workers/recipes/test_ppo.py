@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from app.catalog import Interrupted
 from app.errors import Code, RunError
-from app.files.turns import Message
+from app.grading import Sample
 from tests.workers.conftest import conversation
 from tests.workers.context import RecordingContext
 from tests.workers.recipes.test_reward import PEFT, pairs
@@ -22,8 +22,12 @@ from tests.workers.recipes.test_reward import run as train_reward
 from tests.workers.recipes.test_reward import spec as reward_spec
 from workers.loading import load_model, load_tokenizer, stop_tokens
 from workers.loading.actor_critic import ActorCritic
+from workers.loading.health import Health
+from workers.loading.judging import Judge
 from workers.loading.ppo_loop import Ppo
-from workers.loading.rollouts import Judge, load_prompts, roll_out
+from workers.loading.prompts import load_prompts
+from workers.loading.rollouts import roll_out
+from workers.loading.signs import Signs
 from workers.recipes.ppo import PpoSpec, ppo_settings, run
 
 pytestmark = pytest.mark.filterwarnings(
@@ -52,9 +56,11 @@ def spec(model: dict[str, Any] | None = None, ppo: dict[str, Any] | None = None,
     )
 
 
-def letters(_: Sequence[list[Message]], answers: Sequence[str]) -> list[float]:
+def letters(samples: Sequence[Sample]) -> dict[str, list[float]]:
     """Ten times the share of plain letters in the answer."""
-    return [10 * sum(sign.isascii() and sign.isalpha() for sign in text) / max(len(text), 1) for text in answers]
+    texts = [one.output_text for one in samples]
+    shares = [sum(sign.isascii() and sign.isalpha() for sign in text) / max(len(text), 1) for text in texts]
+    return {"letters": [10 * share for share in shares]}
 
 
 @pytest.fixture(scope="module")
@@ -75,19 +81,22 @@ def ready(base: Path, prompts: Path, the_spec: PpoSpec, ctx: RecordingContext, j
     actor = ActorCritic(model, the_spec.model, the_spec.ppo.temperature)
     rows = load_prompts(prompts, "auto", tokenizer, max_tokens=500, ctx=ctx)
     stops = stop_tokens(tokenizer, model.generation_config)
-    return Ppo(actor, tokenizer, rows, judge, ppo_settings(the_spec, len(rows)), stops, ctx, actor.save_policy)
+    settings = ppo_settings(the_spec, len(rows))
+    return Ppo(actor, tokenizer, rows, judge, settings, stops, ctx, actor.save_policy, the_spec)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_mean_score_rises_and_the_policy_stays_near(
     seed: int, tmp_path: Path, lively: Path, prompt_file: Path
 ) -> None:
-    the_spec = spec(max_steps=12, seed=seed, per_device_train_batch_size=32, lr_scheduler_type="constant")
+    """By 4 of the 10 points that there are at least, within 20 nats an answer of 12 tokens."""
+    sizes = {"max_steps": 20, "per_device_train_batch_size": 32, "lr_scheduler_type": "constant"}
+    the_spec = spec(seed=seed, learning_rate=3e-3, **sizes)
     ppo = ready(lively, prompt_file, the_spec, RecordingContext(tmp_path))
     ppo.run()
     scores = [entry["objective/scores"] for entry in ppo.history]
-    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 3, scores
-    assert all(entry["objective/kl"] < 40 for entry in ppo.history)
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 4, scores
+    assert all(entry["objective/kl"] < 20 for entry in ppo.history)
     assert all(math.isfinite(value) for entry in ppo.history for value in entry.values())
 
 
@@ -211,8 +220,8 @@ def test_a_run_from_spec_to_adapter(tmp_path: Path, tiny: Path, prompt_file: Pat
 
 
 def test_a_judge_that_says_nan_ends_the_run(tmp_path: Path, tiny: Path, prompt_file: Path) -> None:
-    def broken(_: Sequence[list[Message]], answers: Sequence[str]) -> list[float]:
-        return [math.nan for _ in answers]
+    def broken(samples: Sequence[Sample]) -> dict[str, list[float]]:
+        return {"broken": [math.nan for _ in samples]}
 
     ctx = RecordingContext(tmp_path)
     ppo = ready(tiny, prompt_file, spec(max_steps=8), ctx, broken)
@@ -224,17 +233,24 @@ def test_a_judge_that_says_nan_ends_the_run(tmp_path: Path, tiny: Path, prompt_f
     assert all(torch.isfinite(part).all() for part in ppo.actor.parameters())
 
 
-def test_a_policy_that_runs_away_is_warned_of_once(tmp_path: Path, tiny: Path, prompt_file: Path) -> None:
+def test_a_policy_that_runs_away_is_warned_of_once(tmp_path: Path) -> None:
     ctx = RecordingContext(tmp_path)
-    ppo = ready(tiny, prompt_file, spec(max_steps=2), ctx)
-    ppo.history.append({"val/num_eos_tokens": 16.0})
-    metrics = {"loss": 1.0, "objective/scores": 1.0, "objective/kl": 99.0, "val/num_eos_tokens": 0.0}
-    ppo._watch(metrics)
-    ppo._watch(metrics)
-    assert [code for code in ctx.codes() if code in ("kl_runaway", "length_explosion")] == [
-        "kl_runaway",
-        "length_explosion",
-    ]
+    signs = Signs(Health(ctx), "ppo.response_length")
+    signs.step(1, 0.0, 0.0)
+    signs.step(2, 29.0, 0.9)
+    assert ctx.codes() == []
+    signs.step(3, 99.0, 1.0)
+    signs.step(4, 99.0, 1.0)
+    assert ctx.codes() == ["kl_runaway", "length_explosion"]
+    assert {name: check["status"] for name, check in ctx.checks.items()} == {"kl": "warning", "length": "warning"}
+
+
+def test_answers_that_never_ended_did_not_explode(tmp_path: Path) -> None:
+    ctx = RecordingContext(tmp_path)
+    signs = Signs(Health(ctx), "ppo.response_length")
+    signs.began(0.8)
+    signs.step(7, None, 1.0)
+    assert ctx.codes() == []
 
 
 def test_prompts_that_leave_no_room_are_counted(tmp_path: Path, tiny: Path, prompt_file: Path, judge_dir: Path) -> None:

@@ -1,5 +1,6 @@
 """Attempts under real supervision, with a real runner process: shared by the tests of supervision."""
 
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from sqlalchemy import select
 
 from app.catalog import discover
@@ -19,6 +21,7 @@ from app.queue import SilentDoorbell
 from app.settings import Settings
 from app.storage import Storage
 from tests.support import wait_for
+from tests.workers.conftest import conversation, make_model
 from workers.child import token_of
 from workers.supervisor import House, Supervision
 
@@ -102,12 +105,14 @@ class NarrowSettings(Settings):
 
 @pytest.fixture
 def start(house: House, tmp_path: Path) -> Callable[..., Attempt]:
-    """``start(mode, **columns)``: a claimed job whose runner is being started."""
+    """``start(mode, **columns)``: a claimed job whose runner is being started; ``plug`` is its type."""
 
-    def start(mode: str, marker: Path | None = None, more: dict[str, Any] | None = None, **columns: Any) -> Attempt:
+    def start(
+        mode: str, marker: Path | None = None, more: dict[str, Any] | None = None, plug: str = "sleepy", **columns: Any
+    ) -> Attempt:
         spec = {
             **(more or {}),
-            "type": "sleepy",
+            "type": plug,
             "experiment_name": "nap",
             "mode": mode,
             "marker": str(marker or tmp_path / f"marker-{new_id('m')}"),
@@ -116,7 +121,7 @@ def start(house: House, tmp_path: Path) -> Callable[..., Attempt]:
             job = Job(
                 id=new_id("job"),
                 project_id="proj-default",
-                type="sleepy",
+                type=plug,
                 experiment_name="nap",
                 spec=spec,
                 spec_sha256="",
@@ -136,3 +141,32 @@ def claim(house: House) -> Attempt:
         job = claims.claim(session, house.worker_id, "light-0", ["light"])
     assert job is not None
     return Attempt(house, job)
+
+
+@pytest.fixture
+def run_all(
+    house: House, settings: Settings, models: Path, api: TestClient, upload: Callable[..., Any]
+) -> Callable[..., list[Attempt]]:
+    """``run_all(algorithm, training, **fields)``: posts a real run and makes its attempts, one after the other."""
+    base = make_model(models / "trainable")
+    rows = "".join(json.dumps({"messages": conversation(number)}) + "\n" for number in range(40))
+    file_id = upload(rows.encode()).json()["id"]
+    object.__setattr__(house, "settings", settings)
+    object.__setattr__(house, "catalog", discover(settings.packages))
+
+    def run_all(algorithm: str, training: dict[str, Any], **fields: Any) -> list[Attempt]:
+        model = {"model_name_or_path": str(base), "peft_config": {"r": 4, "lora_dropout": 0.0}}
+        spec = {"type": "train", "algorithm": algorithm, "model": model, "dataset": {"file": file_id}}
+        answer = api.post("/jobs", json={**spec, "training": training, **fields})
+        assert answer.status_code == 201, answer.text
+        attempts: list[Attempt] = []
+        while True:
+            with house.database.write() as session:
+                session.execute(Job.__table__.update().values(not_before=None, slot_class="light", next_class=None))
+                claimed = claims.claim(session, house.worker_id, "light-0", ["light"])
+            if claimed is None:
+                return attempts
+            attempts.append(Attempt(house, claimed))
+            attempts[-1].end(120)
+
+    return run_all

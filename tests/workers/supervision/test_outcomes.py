@@ -24,7 +24,9 @@ def test_a_run_that_says_nothing_is_ended_and_tried_again(start: Callable[..., A
     assert (job.state, job.error_code) == ("failed", "stalled")
 
 
+@pytest.mark.fault
 def test_a_frozen_runner_counts_as_silent(start: Callable[..., Attempt]) -> None:
+    """Case 10 of the fault campaign."""
     attempt = start("ticks", more={"limits": {"stall_seconds": 1.5}})
     os.kill(attempt.runner(), signal.SIGSTOP)
     job = attempt.end()

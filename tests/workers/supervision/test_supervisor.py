@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import threading
 import time
@@ -13,9 +14,10 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
-from app.jobs import repository
+from app.jobs import claims, repository
 from app.models import Artifact, Checkpoint, Job, Metric, Slot, new_id, now
 from app.processes import processes_with_token
+from app.reconciler import reap
 from app.storage import Published, Storage
 from tests.support import wait_for
 from tests.workers.supervision.conftest import Attempt, claim
@@ -33,7 +35,9 @@ def test_success_publishes_what_was_made(start: Callable[..., Attempt], house: H
         metrics = {(row.step, row.name): row.value for row in session.scalars(select(Metric))}
         checkpoint = session.scalars(select(Checkpoint)).one()
         assert session.scalars(select(Slot)).one().job_id is None
-    assert job.result == {"answer": 42, "artifact_ids": [artifact.id]}
+    assert job.result is not None
+    assert job.result["versions"]["python"] == platform.python_version()
+    assert {**job.result, "versions": None} == {"answer": 42, "artifact_ids": [artifact.id], "versions": None}
     assert (artifact.name, artifact.version, artifact.kind, artifact.base_chain) == ("nap", 1, "model", ["root"])
     folder = house.storage.artifact_dir(artifact.id)
     assert sorted(path.name for path in folder.iterdir()) == ["MANIFEST.json", "config.json", "deep"]
@@ -78,6 +82,7 @@ def test_garbage_in_the_journal_is_skipped(start: Callable[..., Attempt]) -> Non
     assert "half_way" in attempt.codes()
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("mode", "code", "status", "words"),
     [
@@ -90,6 +95,7 @@ def test_garbage_in_the_journal_is_skipped(start: Callable[..., Attempt]) -> Non
 def test_failures_that_trying_again_would_not_mend(
     start: Callable[..., Attempt], house: House, mode: str, code: str, status: int, words: str
 ) -> None:
+    """Case 14 of the fault campaign among them: an end without a result, a result without files."""
     job = start(mode).end()
     assert (job.state, job.error_code, job.exit_code, job.attempt) == ("failed", code, status, 1)
     assert job.error_detail is not None
@@ -169,10 +175,31 @@ class SlowStorage(Storage):
         super().__init__(root)
         self.publishing, self.go_on = threading.Event(), threading.Event()
 
-    def publish(self, source: Path, artifact_id: str, facts: Any) -> Published:
+    def publish(self, *what: Any, **more: Any) -> Published:
         self.publishing.set()
         assert self.go_on.wait(30)
-        return super().publish(source, artifact_id, facts)
+        return super().publish(*what, **more)
+
+
+@pytest.mark.fault
+def test_a_job_that_another_worker_has_by_the_time_it_is_published(start: Callable[..., Attempt], house: House) -> None:
+    """Case 9. The slow one comes too late with its result: the row is the other's, and nothing of the files stays."""
+    slow = SlowStorage(house.settings.data_dir)
+    object.__setattr__(house, "storage", slow)
+    attempt = start("ok")
+    wait_for(slow.publishing.is_set)
+    with house.database.write() as session:
+        assert reap(session, session.get_one(Job, attempt.job.id))
+    with house.database.write() as session:
+        theirs = claims.claim(session, "w2", "light-0", ["light"])
+        assert theirs is not None
+    slow.go_on.set()
+    job = attempt.end()
+    assert (job.state, job.worker_id, job.fence, job.attempt) == ("running", "w2", 3, 2)
+    assert (job.hb_seq, job.next_seq, job.result) == (theirs.hb_seq, theirs.next_seq, None)
+    with house.database.read() as session:
+        assert session.scalars(select(Artifact)).all() == []
+    assert list((house.settings.data_dir / "artifacts").iterdir()) == []
 
 
 def test_the_job_is_alive_while_a_large_result_is_stored(start: Callable[..., Attempt], house: House) -> None:

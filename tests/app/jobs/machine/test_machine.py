@@ -12,6 +12,8 @@ from app.settings import Settings
 from tests.app.jobs.machine.rules import Store, StoreMachine
 from tests.conftest import Cluster
 
+# 200 take 84 s on SQLite and 154 s on Postgres, on two cores that others use too: too long for every `make test`. The
+# examples are the same in every run; the campaign by hand has ten times as many.
 EXAMPLES = {"sqlite": 100, "postgres": 50}
 
 
@@ -26,13 +28,13 @@ def store(
         if cluster is None:
             (path / "tunesmith.db").write_bytes(sqlite_template.read_bytes())
             store = Store(Settings(data_dir=path))
-            monkeypatch.setattr("app.models.datetime", store.wall)
+            monkeypatch.setattr("app.models.base.datetime", store.wall)
             yield store
             store.database.close()
             return
         with cluster.database(cluster.template) as url:
             store = Store(Settings(data_dir=path, database_url=url))
-            monkeypatch.setattr("app.models.datetime", store.wall)
+            monkeypatch.setattr("app.models.base.datetime", store.wall)
             yield store
             store.database.close()
 
@@ -48,6 +50,7 @@ def campaign(store: Store, examples: int) -> None:
     )
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("backend", ["sqlite", "postgres"])
 def test_the_store_does_what_the_table_says(store: Store, backend: str) -> None:
     campaign(store, EXAMPLES[backend])

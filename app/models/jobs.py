@@ -1,103 +1,12 @@
-"""The rows. Every row belongs to a project; names of constraints are fixed so that migrations can find them."""
+"""Rows of jobs and of what belongs to them."""
 
-import secrets
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    CheckConstraint,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Text,
-    UniqueConstraint,
-    text,
-)
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, Text, UniqueConstraint, text
+from sqlalchemy.orm import Mapped, mapped_column
 
-from app.db import UtcDateTime
-
-DEFAULT_PROJECT = "proj-default"
-
-
-def now() -> datetime:
-    """The wall clock, UTC. For display and order only: no lease depends on it."""
-    return datetime.now(UTC)
-
-
-def new_id(prefix: str) -> str:
-    """``prefix`` and 24 random hex digits."""
-    return f"{prefix}-{secrets.token_hex(12)}"
-
-
-class Base(DeclarativeBase):
-    """Common to all rows."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    type_annotation_map = {
-        dict[str, Any]: JSON(none_as_null=True),
-        list[str]: JSON(none_as_null=True),
-        datetime: UtcDateTime,
-        str: String,
-    }
-
-
-class Project(Base):
-    """The owner of everything else."""
-
-    __tablename__ = "project"
-    id: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(unique=True)
-    created_at: Mapped[datetime] = mapped_column(default=now)
-
-
-class ApiKey(Base):
-    """A key; only the hash of its secret is stored."""
-
-    __tablename__ = "api_key"
-    id: Mapped[str] = mapped_column(primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("project.id"))
-    name: Mapped[str]
-    secret_sha256: Mapped[str]
-    scopes: Mapped[list[str]]
-    created_at: Mapped[datetime] = mapped_column(default=now)
-    expires_at: Mapped[datetime | None]
-    revoked_at: Mapped[datetime | None]
-
-
-class Owned:
-    """Columns of every row that a user made."""
-
-    project_id: Mapped[str] = mapped_column(ForeignKey("project.id"))
-    created_by: Mapped[str | None]
-    created_at: Mapped[datetime] = mapped_column(default=now)
-
-
-class File(Owned, Base):
-    """An uploaded data file; its bytes lie under ``files/<id>``."""
-
-    __tablename__ = "file"
-    __table_args__ = (Index("ix_file_project_created", "project_id", "created_at", "id"),)
-    id: Mapped[str] = mapped_column(primary_key=True)
-    filename: Mapped[str]
-    purpose: Mapped[str]
-    bytes: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str]
-    status: Mapped[str]
-    format: Mapped[str | None]
-    rows: Mapped[int | None]
+from app.models.base import Base, Owned, now
 
 
 class Job(Owned, Base):
@@ -177,6 +86,8 @@ class Job(Owned, Base):
     idem_key: Mapped[str | None]
     idem_sha256: Mapped[str | None]
     retry_of: Mapped[str | None]
+    reproduces: Mapped[str | None] = mapped_column(index=True)
+    """The artifact whose bytes this run is to make again."""
     pipeline_id: Mapped[str | None] = mapped_column(index=True)
     sweep_id: Mapped[str | None] = mapped_column(index=True)
     deployment_id: Mapped[str | None] = mapped_column(index=True)
@@ -289,86 +200,3 @@ class Checkpoint(Base):
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
     best: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
     created_at: Mapped[datetime] = mapped_column(default=now)
-
-
-class Artifact(Owned, Base):
-    """A folder that a job left; its bytes lie under ``artifacts/<id>``."""
-
-    __tablename__ = "artifact"
-    __table_args__ = (
-        UniqueConstraint("project_id", "name", "version"),
-        CheckConstraint("kind IN ('adapter','model','reward','report')", name="kind"),
-        Index("ix_artifact_project_created", "project_id", "created_at", "id"),
-    )
-    id: Mapped[str] = mapped_column(primary_key=True)
-    job_id: Mapped[str | None] = mapped_column(ForeignKey("job.id"), index=True)
-    name: Mapped[str]
-    version: Mapped[int]
-    kind: Mapped[str]
-    bytes: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str]
-    base_chain: Mapped[list[str]] = mapped_column(default=list)
-    base_artifact_id: Mapped[str | None]
-    learning: Mapped[dict[str, Any] | None]
-    facts: Mapped[dict[str, Any]] = mapped_column(default=dict)
-
-
-class Deployment(Owned, Base):
-    """A model being served under a name."""
-
-    __tablename__ = "deployment"
-    __table_args__ = (
-        CheckConstraint("desired IN ('running','sleeping','stopped')", name="desired"),
-        CheckConstraint(
-            "status IN ('queued','starting','ready','unhealthy','sleeping','stopped','failed')", name="status"
-        ),
-        Index("ix_deployment_project_created", "project_id", "created_at", "id"),
-        Index(
-            "uq_deployment_live_name",
-            "project_id",
-            "name",
-            unique=True,
-            sqlite_where=text("status NOT IN ('stopped','failed')"),
-            postgresql_where=text("status NOT IN ('stopped','failed')"),
-        ),
-    )
-    id: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str]
-    model: Mapped[str]
-    artifact_id: Mapped[str | None]
-    options: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    desired: Mapped[str] = mapped_column(default="running")
-    status: Mapped[str] = mapped_column(default="queued")
-    replica_job_id: Mapped[str | None]
-    socket: Mapped[str | None]
-    restarts: Mapped[int] = mapped_column(default=0)
-    last_error: Mapped[dict[str, Any] | None]
-    ready_at: Mapped[datetime | None]
-    stopped_at: Mapped[datetime | None]
-
-
-class Worker(Base):
-    """A worker process."""
-
-    __tablename__ = "worker"
-    id: Mapped[str] = mapped_column(primary_key=True)
-    host: Mapped[str]
-    pid: Mapped[int]
-    facts: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    hb_seq: Mapped[int] = mapped_column(BigInteger, default=0)
-    started_at: Mapped[datetime] = mapped_column(default=now)
-    seen_at: Mapped[datetime] = mapped_column(default=now)
-    stopped_at: Mapped[datetime | None]
-
-
-class Slot(Base):
-    """A place in a worker where one job runs."""
-
-    __tablename__ = "slot"
-    worker_id: Mapped[str] = mapped_column(ForeignKey("worker.id", ondelete="CASCADE"), primary_key=True)
-    slot_id: Mapped[str] = mapped_column(primary_key=True)
-    slot_class: Mapped[str] = mapped_column("class")
-    facts: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
-    """Of a GPU: ``gpu`` (its index), ``vram_gb``, ``name``."""
-    job_id: Mapped[str | None] = mapped_column(ForeignKey("job.id"))
-    fence: Mapped[int] = mapped_column(Integer, default=0)

@@ -1,0 +1,94 @@
+"""A model card, written from the record: what an artifact is, how it was made, what was measured."""
+
+from typing import Any
+
+import yaml
+from sqlalchemy.orm import Session
+
+from app.artifacts.service import existing
+from app.models import Artifact, File, Job
+
+_NUMBERS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "seed")
+_LIBRARIES = {"adapter": "peft", "reward": "transformers", "model": "transformers"}
+
+
+def card(session: Session, project_id: str, artifact_id: str) -> str:
+    """Markdown with the front matter that a hub reads. Raises NotFound."""
+    row = existing(session, project_id, artifact_id)
+    job = session.get(Job, row.job_id) if row.job_id else None
+    parts = [
+        _front_matter(row),
+        f"# {row.name}",
+        f"Version {row.version}, made on {row.created_at:%Y-%m-%d} by Tunesmith.",
+        _origin(row),
+        _training(session, job) if job is not None and job.type == "train" else "",
+        _learning(row.learning),
+        _merge(job) if job is not None and job.type == "merge" else "",
+        _versions(job),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(row: Artifact) -> str:
+    root = row.base_chain[0] if row.base_chain else None
+    facts: dict[str, Any] = {"library_name": _LIBRARIES.get(row.kind)}
+    if root is not None and root.startswith("hub:"):
+        facts["base_model"] = root.removeprefix("hub:").partition("@")[0]
+    facts["tags"] = ["tunesmith", row.kind]
+    return f"---\n{yaml.safe_dump({key: value for key, value in facts.items() if value}, sort_keys=False)}---"
+
+
+def _origin(row: Artifact) -> str:
+    if not row.base_chain:
+        return ""
+    return "Made from " + ", then ".join(f"`{link}`" for link in row.base_chain) + "."
+
+
+def _training(session: Session, job: Job) -> str:
+    spec = job.resolved_spec
+    model, training = spec.get("model") or {}, spec.get("training") or {}
+    method = "full fine-tune" if not model.get("peft_config") else "LoRA"
+    if model.get("quantization_config"):
+        method = "QLoRA"
+    rows: list[tuple[str, Any]] = [("algorithm", job.algorithm), ("method", method)]
+    if peft := model.get("peft_config"):
+        rows += [("r", peft.get("r")), ("alpha", peft.get("lora_alpha")), ("targets", peft.get("target_modules"))]
+    rows += [(name, training.get(name)) for name in _NUMBERS]
+    data = _dataset(session, spec)
+    return "\n".join(["## Training", "", *_table(("", ""), rows), *(["", data] if data else [])])
+
+
+def _dataset(session: Session, spec: dict[str, Any]) -> str:
+    file = session.get(File, str((spec.get("dataset") or {}).get("file")))
+    if file is None:
+        return ""
+    return f"Data: `{file.filename}`, {file.rows} rows, sha256 `{file.sha256}`."
+
+
+def _learning(learning: dict[str, Any] | None) -> str:
+    if not learning:
+        return ""
+    rows = [(name, value) for name, value in learning.items() if isinstance(value, int | float | str)]
+    return "\n".join(["## What was measured", "", *_table(("", ""), rows)])
+
+
+def _merge(job: Job) -> str:
+    spec = job.resolved_spec
+    return f"## Merge\n\nMethod `{spec.get('method')}`, dtype `{spec.get('torch_dtype')}`."
+
+
+def _versions(job: Job | None) -> str:
+    versions = ((job.result if job else None) or {}).get("versions")
+    return "\n".join(["## Versions", "", *_table(("library", "version"), list(versions.items()))]) if versions else ""
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> list[str]:
+    lines = [f"| {name} | {_cell(value)} |" for name, value in rows if value is not None]
+    return [f"| {head[0]} | {head[1]} |", "|---|---|", *lines] if lines else []
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

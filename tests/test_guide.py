@@ -1,0 +1,413 @@
+"""The guide that the product is built after: its blocks are run, as docs/guide-deviations.md says for each.
+
+Substitutions: the model, flags for data, reward model and steps, experiment names, ``import torch``.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fastapi.testclient import TestClient
+
+from app.client import Client
+from app.peft import PEFT_PRESETS
+from app.settings import Settings
+from app.targets import family_of, spelt_out
+from app.up import running_service
+from tests.support import GOOD_JSONL, wait_for
+from tests.workers.conftest import conversation, make_model
+from tests.workers.context import RecordingContext
+from workers.recipes import sft
+
+ROOT = Path(__file__).resolve().parent.parent
+GUIDE = ROOT.parent / "shared" / "design" / "guide.md"
+SCRIPTS = ROOT / "examples" / "guide"
+PAGE = (ROOT / "docs" / "guide-deviations.md").read_text()
+BASE = "Qwen/Qwen2.5-7B-Instruct"
+SFT, REWARD, PPO = "sft_qwen_lora_r16", "reward_qwen_qlora", "ppo_qwen_lora"
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not GUIDE.is_file(), reason="the guide lies beside the checkout, as ../shared/design/guide.md"),
+]
+
+# What the tests below run, by the number of the block; the page says the same.
+RUN = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14, 15, 16, 17}
+
+
+def blocks() -> dict[int, str]:
+    """The guide's fenced blocks, numbered from 1."""
+    if not GUIDE.is_file():
+        return {}
+    found = re.findall(r"^ *```\w*\n(.*?)^ *```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    return dict(enumerate(found, 1))
+
+
+BLOCKS = blocks()
+
+
+@dataclass
+class Guide:
+    """A folder as the guide's reader has it: scripts, configs and ``outputs``, with a service behind."""
+
+    folder: Path
+    environment: dict[str, str]
+    settings: Settings
+    client: Client
+    again: str = ""
+    """The job of config_used.yaml, posted again."""
+
+    def shell(self, text: str) -> str:
+        """Runs commands as they stand; what they print."""
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def job(self, name: str, type_: str = "train") -> dict[str, Any]:
+        """The newest job of a name and type that succeeded."""
+        query = {"type": type_, "status": "succeeded", **({"experiment_name": name} if name else {})}
+        found: list[dict[str, Any]] = self.client.call("GET", "/jobs", params=query)["data"]
+        return found[0]
+
+
+def train(number: int, **flags: Any) -> str:
+    """A training block with a model that is here, data, and few steps."""
+    more = " ".join(f"--{name} {value}" for name, value in {"model": "tiny", "max_steps": 2, **flags}.items())
+    text, count = re.subn(
+        r"^(python main\.py .*)$", rf"\1 {more} --set training.save_steps=1", BLOCKS[number], flags=re.M
+    )
+    assert count == 1
+    return text
+
+
+def with_names(text: str) -> str:
+    """A merge block with the names of the runs that were made here."""
+    for old, new in ((BASE, "tiny"), ("sft_lora/checkpoint-1000", "sft_lora/checkpoint-2"), ("sft_lora", SFT)):
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.fixture
+def backend() -> str:
+    """For the tests that need no more than the API: once is enough."""
+    return "sqlite"
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guide]:
+    """A service of real processes with a tiny model, and a folder with the scripts and the guide's two configs."""
+    root = tmp_path_factory.mktemp("guide")
+    make_model(root / "models" / "tiny")
+    folder = root / "project"
+    folder.mkdir()
+    for script in ("main.py", "merge_peft_model.py", "scripts"):
+        (folder / script).symlink_to(SCRIPTS / script)
+    (folder / "config.yaml").write_text(BLOCKS[1])
+    (folder / "config_qlora.yaml").write_text(BLOCKS[2])
+    rows = [conversation(number) for number in range(24)]
+    (folder / "talks.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    wrong = {"role": "assistant", "content": "I pass."}
+    pairs = [{"messages": row[:2], "chosen": row[2], "rejected": wrong} for row in rows]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "HOME": str(root),
+        "LANG": "C.UTF-8",
+        "TUNESMITH_DATA_DIR": str(root / "data"),
+        "TUNESMITH_MODEL_ROOTS": str(root / "models"),
+        "TUNESMITH_PORT": "0",
+        "TUNESMITH_SLOTS": "train:2,light:2",
+        "TUNESMITH_WARM_RUNNERS": "2",
+        **{name: os.environ[name] for name in ("HF_HOME",) if name in os.environ},
+    }
+    settings = Settings(data_dir=root / "data", port=0)
+    log = root / "up.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-m", "app.cli", "up"], env=environment, stdout=output, stderr=output
+        )
+    try:
+        wait_for(lambda: running_service(settings) or process.poll() is not None, 60)
+        assert process.poll() is None, log.read_text()
+        with Client.find(settings) as client:
+            made = Guide(folder, environment, settings, client)
+            made.shell(f"tunesmith import {root}/models/tiny --name tiny")
+            yield made
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def trained(guide: Guide) -> Guide:
+    """Blocks 4, 5 and the first command of 16 have been run, side by side."""
+    commands = [
+        train(4, dataset="talks.jsonl"),
+        train(5, dataset="pairs.jsonl"),
+        train(16, dataset="talks.jsonl").replace("20241201", "$(date +%Y%m%d)"),
+    ]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(guide.shell, commands))
+    used = guide.folder / "outputs" / SFT / "config_used.yaml"
+    guide.again = guide.client.submit_text(used.read_bytes(), "application/yaml")["id"]
+    return guide
+
+
+@pytest.fixture(scope="module")
+def merged(trained: Guide) -> Guide:
+    """Block 9 has been run."""
+    trained.shell(with_names(BLOCKS[9]))
+    return trained
+
+
+# The page
+
+
+def documented() -> dict[int, str]:
+    """Number of a block → what the page says happens to it."""
+    rows = re.findall(r"^\| (\d+) \| [^|]+ \| (run|run with substitution|shown only) \| .+ \|$", PAGE, re.MULTILINE)
+    assert len({number for number, _ in rows}) == len(rows), "a block stands twice"
+    return {int(number): how for number, how in rows}
+
+
+def test_every_block_of_the_guide_is_on_the_page_and_no_other() -> None:
+    assert set(documented()) == set(BLOCKS)
+
+
+def test_what_the_page_says_is_run_is_run_here() -> None:
+    assert {number for number, how in documented().items() if how != "shown only"} == RUN
+
+
+# The blocks
+
+
+def test_the_configs_of_the_examples_are_the_guides() -> None:
+    for number, name in ((1, "config.yaml"), (2, "config_qlora.yaml")):
+        config = yaml.safe_load((SCRIPTS / name).read_text())
+        assert config["model"] == yaml.safe_load(BLOCKS[number])["model"]
+        assert (SCRIPTS / config["dataset"]["file"]).is_file()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_model_block_and_a_dataset_are_a_complete_spec(api: TestClient, file_id: str, number: int) -> None:
+    """Blocks 1 to 3: posted without another word, and every default is filled in."""
+    body = f"{BLOCKS[number]}dataset: {{file: {file_id}}}\n"
+    answer = api.post("/jobs", content=body, headers={"content-type": "application/yaml"})
+    assert answer.status_code == 201, answer.text
+    job = answer.json()
+    resolved = job["resolved_spec"]
+    assert (resolved["type"], resolved["algorithm"]) == ("train", "sft")
+    assert resolved["model"]["model_name_or_path"] == f"hub:{BASE}"
+    assert resolved["training"]["learning_rate"] == (2e-5 if number == 3 else 2e-4)
+    assert (resolved["training"]["save_steps"], resolved["training"]["seed"]) == (500, 42)
+    given = yaml.safe_load(BLOCKS[number])["model"]
+    for name in ("peft_config", "quantization_config"):
+        assert (resolved["model"][name] or {}).items() >= given.get(name, {}).items()
+        assert (resolved["model"][name] is None) == (name not in given)
+    method = {1: "lora_r16_alpha32", 2: "qlora_r16_alpha32", 3: "full"}[number]
+    assert re.fullmatch(rf"sft_qwen2\.5-7b_{method}_\d{{8}}", job["experiment_name"])
+
+
+def test_the_full_config_trains_every_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block 3 with a model that is here; blocks 1 and 2 are the configs of 4 and 5."""
+    monkeypatch.setattr("workers.loading.devices.os.sched_getaffinity", lambda _: {0})
+    block = yaml.safe_load(BLOCKS[3].replace(BASE, "tiny"))
+    base, rows = make_model(tmp_path / "small"), tmp_path / "rows.jsonl"
+    rows.write_bytes(GOOD_JSONL)
+    ctx = RecordingContext(tmp_path / "run", {"model.model_name_or_path": base, "dataset.file": rows})
+    sft.run(sft.SftSpec.model_validate({**block, "dataset": {"file": "f"}, "training": {"max_steps": 1}}), ctx)
+    assert (ctx.folder / "model.safetensors").is_file()
+    assert ctx.outputs[0][0] == "model"
+
+
+def test_training_leaves_what_the_guide_draws(trained: Guide) -> None:
+    """Blocks 4, 5 and 7."""
+    for name, method in ((SFT, "lora"), (REWARD, "qlora")):
+        job = trained.job(name)
+        assert job["result"]["steps"] == 2
+        assert (job["resolved_spec"]["model"]["quantization_config"] is not None) == (method == "qlora")
+    events = trained.client.call("GET", f"/jobs/{trained.job(REWARD)['id']}/events", params={"limit": 100})["data"]
+    assert "dtype_replaced" in {event["code"] for event in events} or trained.job(REWARD)["result"]["device"] != "cpu"
+    drawn = BLOCKS[7].replace("checkpoint-500", "checkpoint-1").replace("checkpoint-1000", "checkpoint-2")
+    drawn = drawn.replace("adapter_model.bin", "adapter_model.safetensors")
+    for path in paths(drawn):
+        assert (trained.folder / path).exists(), path
+    assert not list((trained.folder / "outputs" / SFT / "checkpoint-1").glob("optimizer*"))
+
+
+def test_ppo_learns_from_the_reward_model(trained: Guide) -> None:
+    """Block 6."""
+    trained.shell(train(6, dataset="talks.jsonl", reward_model=REWARD, max_steps=1))
+    job = trained.job(PPO)
+    assert (job["status"], job["result"]["steps"]) == ("succeeded", 1)
+    assert (trained.folder / "outputs" / PPO / "final_model" / "adapter_config.json").is_file()
+
+
+def test_a_run_is_named_by_date_and_its_config_kept(trained: Guide) -> None:
+    """Block 16: without an algorithm it trains SFT, byte for byte what block 4 trained."""
+    (outputs,) = (trained.folder / "outputs").glob("sft_qwen7b_lora_r16_alpha32_*")
+    assert trained.job(outputs.name)["status"] == "succeeded"
+    assert weights(trained, outputs.name) == weights(trained, SFT)
+    assert (outputs / "config_used.yaml").read_text() == BLOCKS[1], "copied over ours"
+    assert trained.job(outputs.name)["resolved_spec"]["training"]["max_steps"] == 2
+
+
+def test_an_adapter_is_saved_by_itself(trained: Guide) -> None:
+    """Block 8."""
+    trained.shell(with_names(BLOCKS[8]))
+    saved = trained.folder / "saved_adapter"
+    assert (saved / "adapter_config.json").is_file()
+    assert (saved / "adapter_model.safetensors").read_bytes() == weights(trained, SFT)
+    assert not saved.is_symlink()
+
+
+def test_the_simple_script_checks_merges_and_validates(merged: Guide) -> None:
+    """Block 9; of the checkpoint nothing but its folder was named."""
+    report = merged.job("", "check_adapter")["result"]["report"]
+    assert (report["ok"], report["r"], report["alpha"], report["base"]) == (True, 16, 32, "tiny")
+    certificate = merged.job("", "merge")["result"]["certificate"]
+    assert certificate["verdict"] in ("passed", "no_effect_to_measure")
+    assert merged.job("", "validate")["result"]["report"]["ok"]
+    folder = merged.folder / "merged_model"
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert "./merged_model" not in json.dumps(merged.job("", "validate")["spec"]), "the copy is known as its artifact"
+
+
+def test_the_merged_model_needs_only_transformers(merged: Guide) -> None:
+    """Block 11, in a Python that does not look at this project."""
+    code = f"import torch\n{BLOCKS[11]}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        cwd=merged.folder,
+        env={**merged.environment, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_advanced_script_merges_in_the_asked_dtype(merged: Guide) -> None:
+    """Block 10: the same output path again, which is a copy that nobody touched and so is replaced."""
+    merged.shell(with_names(BLOCKS[10]))
+    config = json.loads((merged.folder / "merged_model" / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    assert merged.job("", "merge")["result"]["certificate"]["dtype"] == "float16"
+
+
+def test_models_lie_where_the_guide_draws_them(merged: Guide) -> None:
+    """Block 17, with the names of the runs made here."""
+    drawn = BLOCKS[17]
+    names = {"Qwen2.5-7B-Instruct": "tiny", "sft_lora_v1": f"{SFT}_v1", "reward_qlora_v1": f"{REWARD}_v1"}
+    names |= {"ppo_lora_v1": f"{SFT}_v1", "sft_merged_v1": "merged_model_v1", "ppo_merged_v1": "merged_model_v1"}
+    for old, new in names.items():
+        assert old in drawn
+        drawn = drawn.replace(old, new)
+    for path in paths(drawn):
+        assert (merged.settings.data_dir / path).is_dir(), path
+
+
+def test_config_used_posted_again_gives_the_same_bytes(trained: Guide) -> None:
+    for _ in trained.client.follow(trained.again):
+        pass
+    again = trained.client.call("GET", f"/jobs/{trained.again}")
+    assert again["status"] == "succeeded", again["error"]
+    assert weights(trained, f"{SFT}_v2") == weights(trained, SFT)
+    used = trained.folder / "outputs" / SFT / "config_used.yaml"
+    assert again["resolved_spec"] == yaml.safe_load(used.read_text())
+
+
+# Blocks 14 and 15, as three specs each: what a reader would put into the model block.
+
+
+def three(number: int) -> list[dict[str, Any]]:
+    """The documents of a block that shows three alternatives."""
+    found: list[dict[str, Any]] = [yaml.safe_load(part) for part in re.split(r"\n\s*\n", BLOCKS[number])]
+    assert len(found) == 3
+    return found
+
+
+def test_the_presets_are_the_guides() -> None:
+    assert [document["peft_config"] for document in three(14)] == list(PEFT_PRESETS.values())
+    assert list(PEFT_PRESETS) == ["conservative", "balanced", "aggressive"]
+
+
+def test_the_target_presets_are_the_guides() -> None:
+    qwen = family_of({"model_type": "qwen2"})
+    assert qwen
+    ours = [list(spelt_out(name, qwen).modules) for name in ("minimal", "standard", "full")]
+    assert [document["target_modules"] for document in three(15)] == ours
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_preset_or_a_choice_of_targets_is_taken_and_trains(
+    api: TestClient, file_id: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.loading.devices.os.sched_getaffinity", lambda _: {0})
+    peft = [*(document["peft_config"] for document in three(14)), *three(15)][number]
+    base = make_model(tmp_path / "models" / "small")
+    spec = {
+        "model": {"model_name_or_path": str(base), "peft_config": peft},
+        "dataset": {"file": file_id},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 1},
+    }
+    answer = api.post("/jobs", json=spec)
+    assert answer.status_code == 201, answer.text
+    resolved = answer.json()["resolved_spec"]
+    assert resolved["model"]["peft_config"].items() >= peft.items()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(GOOD_JSONL)
+    ctx = RecordingContext(tmp_path / "run", {"model.model_name_or_path": base, "dataset.file": rows})
+    sft.run(sft.SftSpec.model_validate(resolved), ctx)
+    config = json.loads((ctx.folder / "adapter_config.json").read_text())
+    assert (
+        config.items()
+        >= {name: sorted(value) if name == "target_modules" else value for name, value in peft.items()}.items()
+    )
+
+
+# Shown only
+
+
+def test_peft_is_new_enough_for_the_guide() -> None:
+    """Block 18 installs it; here the lock does."""
+    (wanted,) = re.findall(r"peft>=([\d.]+)", BLOCKS[18])
+    assert tuple(map(int, version("peft").split(".")[:3])) >= tuple(map(int, wanted.split(".")))
+
+
+def paths(drawing: str) -> list[str]:
+    """Paths of a drawn tree, the dots that mean "and so on" left out."""
+    found: list[str] = []
+    parents: list[str] = []
+    for line in drawing.splitlines():
+        name = re.sub(r"#.*", "", line).lstrip("│├└─ ").strip()
+        depth = (len(line) - len(line.lstrip("│├└─ "))) // 4
+        if name and name != "...":
+            parents[depth:] = [name.rstrip("/")]
+            found.append("/".join(parents))
+    return found
+
+
+def weights(guide: Guide, run: str) -> bytes:
+    """The trained adapter of a run."""
+    return (guide.folder / "outputs" / run / "final_model" / "adapter_model.safetensors").read_bytes()
