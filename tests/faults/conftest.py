@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import select
 
 from app.db import Database
 from app.main import create_app
-from app.models import Job
+from app.models import Job, JobEvent
 from app.queue import Doorbell, SilentDoorbell
 from app.settings import Settings
 from tests.faults import oracle
@@ -111,7 +112,13 @@ def until(database: Database) -> Callable[..., Job]:
                 job = session.get_one(Job, job_id)
             return job if job.state in states else None
 
-        job = wait_for(look, seconds)
+        try:
+            job = wait_for(look, seconds)
+        except AssertionError as error:
+            with database.read() as session:
+                events = session.scalars(select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.seq)).all()
+            history = "\n".join(f"{event.created_at} {event.code} {event.message}" for event in events)
+            raise AssertionError(f"{job_id} is not {' or '.join(states)}: {error}\n{history}") from None
         assert job is not None
         return job
 
