@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Files, not tests, go to the two processes: what a file sets up once is used by all its tests.
-PYTEST = $(BIN)/python -m pytest -ra -n $(JOBS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest -rsfExXR -n $(JOBS) --dist loadfile
 JOBS ?= 2
 MINUTES ?= 10
 SEED ?= 1
