@@ -12,8 +12,8 @@ import yaml
 from fastapi.testclient import TestClient
 from sqlalchemy import select
 
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.documents import parse_yaml
 from app.errors import AppError, BadRequest
 from app.jobs.intake import read_spec

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.catalog import Bench, Catalog, discover
+from app.catalog import Bench, Catalog
+from app.discovery import discover
 from app.errors import Code, RunError
 from app.grading import GraderSpec, Sample, Scoring
 from workers.graders.number_match import number
