@@ -12,8 +12,11 @@ from app.jobs import claims, repository
 from app.jobs.repository import Move
 from app.models import DEFAULT_PROJECT, Job, JobEvent, Project, Slot, Worker, new_id, now
 from app.projects.repository import ensure_default
+from app.queue import SilentDoorbell
 from app.states import JobState
+from app.storage import Storage
 from tests.machines import Machine
+from workers.ledger import Ledger
 
 Add = Callable[..., str]
 
@@ -64,6 +67,17 @@ def claim(database: Database, worker: str) -> Callable[..., Job | None]:
             return claims.claim(session, worker_id, "light-0", ["light"], **options)
 
     return claim
+
+
+@pytest.fixture
+def ledger(database: Database, storage: Storage) -> Callable[[Job | None], Ledger]:
+    """The worker's side of a claimed job."""
+
+    def ledger(job: Job | None, worker_id: str = "w1") -> Ledger:
+        assert job is not None
+        return Ledger(database, storage, SilentDoorbell(), job, worker_id)
+
+    return ledger
 
 
 @pytest.fixture
