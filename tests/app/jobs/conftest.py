@@ -1,7 +1,8 @@
-"""Jobs as rows, without any request."""
+"""Jobs as rows, without any request; the body of one."""
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from app.queue import SilentDoorbell
 from app.states import JobState
 from app.storage import Storage
 from tests.machines import Machine
+from tests.support import train_spec
 from workers.ledger import Ledger
 
 Add = Callable[..., str]
@@ -46,6 +48,12 @@ def add(database: Database) -> Add:
             return job.id
 
     return add
+
+
+@pytest.fixture
+def spec(models: Path, file_id: str) -> dict[str, Any]:
+    """A small fine-tune of ``tiny`` on an uploaded file."""
+    return train_spec(str(models / "tiny"), file_id)
 
 
 @pytest.fixture
