@@ -11,10 +11,10 @@ from app import apidocs, health, http
 from app.aliases.router import router as aliases
 from app.artifacts.router import router as artifacts
 from app.capabilities.router import router as capabilities
-from app.catalog import discover
 from app.db import Database
 from app.deployments.router import router as deployments
 from app.deps import Rooms, RoomsDep
+from app.discovery import discover
 from app.files.router import router as files
 from app.fleet.router import router as fleet
 from app.gateway.proxy import EngineClient

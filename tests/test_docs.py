@@ -7,8 +7,8 @@ import pytest
 import typer.main
 
 from app import errors
-from app.catalog import discover
 from app.cli import app
+from app.discovery import discover
 from app.errors import AppError, Code
 from app.files.rows import FORMATS, check
 from app.jobs.intake import read_spec

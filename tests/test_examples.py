@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.catalog import discover
+from app.discovery import discover
 from app.files import rows
 from app.grading import Sample
 from app.jobs.intake import read_document, read_spec

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from app.catalog import Catalog, EngineLaunch, discover
+from app.catalog import Catalog, EngineLaunch
+from app.discovery import discover
 from app.settings import Settings
 from app.specs import DeploymentOptions
 from tests.workers.conftest import make_model

@@ -18,8 +18,8 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.broker import embedded_url
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.models import Slot, Worker, now
 from app.queue import RING_TASK, Doorbell, make_celery
 from app.reconciler import Reconciler

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from app import disk, states
-from app.catalog import Interrupted, Recipe, discover
+from app.catalog import Interrupted, Recipe
+from app.discovery import discover
 from app.errors import Code, RunError
 from app.processes import LIFE_FD, harden, watch_lifeline
 from app.specs import TrainSpec

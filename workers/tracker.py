@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from app.catalog import TrackedRun, Tracker, discover
+from app.catalog import TrackedRun, Tracker
+from app.discovery import discover
 from app.processes import LIFE_FD, harden, watch_lifeline
 from workers.context import ATTEMPT, EVENTS, RESULT
 from workers.journal import Journal, Tail

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from app.catalog import CatalogError, discover
+from app.catalog import CatalogError
+from app.discovery import discover
 from app.main import create_app
 from app.settings import PROJECT_ROOT, Settings
 
@@ -129,7 +130,7 @@ def test_every_plug_of_ours_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("module", ["app.main", "app.api", "app.cli", "workers.main", "workers.supervisor"])
 def test_no_process_but_the_runner_loads_torch(module: str) -> None:
     heavy = ("torch", "transformers", "trl", "peft", "vllm", "datasets", "accelerate")
-    code = f"import {module}, sys; from app.catalog import discover; from app.settings import Settings; "
+    code = f"import {module}, sys; from app.discovery import discover; from app.settings import Settings; "
     code += f"discover(Settings().packages); print([name for name in {heavy!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

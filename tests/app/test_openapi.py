@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
-from app.catalog import discover
+from app.discovery import discover
 from app.documents import parse_yaml
 from app.jobs.intake import validate_spec
 from app.main import create_app

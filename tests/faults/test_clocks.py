@@ -16,8 +16,8 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import func, select
 
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.jobs import claims, repository
 from app.jobs.repository import Move
 from app.models import Deployment, Job, JobEvent, new_id, now

@@ -12,9 +12,9 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select
 
 from app.artifacts.garbage import MIN_AGE, Collector
-from app.catalog import discover
 from app.crashpoints import VARIABLE
 from app.db import Database
+from app.discovery import discover
 from app.models import Artifact, Job
 from app.processes import processes_of_instance, processes_with_token
 from app.queue import Doorbell, SilentDoorbell

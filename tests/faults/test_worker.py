@@ -82,7 +82,7 @@ def test_a_frozen_worker_loses_its_job_and_cannot_spoil_it(
     worker: Any, submit: Any, until: Until, settings: Settings, database: Any, tmp_path: Path
 ) -> None:
     """Case 9. SIGSTOP: its lease runs out, another worker runs the job; thawed, it finds that nothing is its own."""
-    from app.catalog import discover  # noqa: PLC0415
+    from app.discovery import discover  # noqa: PLC0415
     from app.queue import SilentDoorbell  # noqa: PLC0415
     from app.reconciler import Reconciler  # noqa: PLC0415
 

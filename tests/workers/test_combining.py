@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.utils import merge_utils
 from safetensors.torch import load_file
 
-from app.catalog import discover
+from app.discovery import discover
 from app.errors import Code, RunError
 from tests.workers.conftest import make_model
 from tests.workers.context import RecordingContext

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from app.catalog import Catalog, discover
+from app.catalog import Catalog
+from app.discovery import discover
 from app.errors import RunError
 from tests.workers.conftest import conversation, make_model
 from tests.workers.context import RecordingContext

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.catalog import Interrupted, discover
+from app.catalog import Interrupted
+from app.discovery import discover
 from app.errors import Code, RunError
 from tests.workers.conftest import make_model
 from tests.workers.context import RecordingContext

@@ -14,8 +14,8 @@ from fastapi.testclient import TestClient
 from safetensors.torch import load_file
 from sqlalchemy import select
 
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.models import Artifact, Checkpoint, Job, JobEvent, Metric
 from app.processes import processes_of_instance
 from app.queue import SilentDoorbell

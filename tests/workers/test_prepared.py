@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from app.catalog import discover
+from app.discovery import discover
 from app.errors import Code, RunError
 from tests.workers.conftest import conversation
 from tests.workers.context import RecordingContext

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.jobs import repository
 from app.models import Artifact, Job, JobEvent, Metric, Slot, new_id, now
 from app.processes import kill_holders, processes_of_instance, processes_with_token

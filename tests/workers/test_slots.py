@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.jobs import claims, repository
 from app.models import Job, JobEvent, Slot, Worker, new_id, now
 from app.processes import TOKEN, processes_with_token

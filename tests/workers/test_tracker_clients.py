@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from app.catalog import TrackedRun, discover
+from app.catalog import TrackedRun
+from app.discovery import discover
 
 LOSSES = [(1, 1.0), (2, 0.5), (2, 0.25), (3, 0.125)]
 """Step 2 is made twice: the first attempt broke off behind its last checkpoint."""

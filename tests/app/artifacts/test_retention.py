@@ -8,8 +8,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.artifacts import retention, view
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.models import Checkpoint, Job, now
 from app.queue import SilentDoorbell
 from app.reconciler import Reconciler

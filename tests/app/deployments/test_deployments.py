@@ -9,10 +9,10 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
-from app.catalog import discover
 from app.db import Database
 from app.deployments import repository
 from app.deployments.service import Router
+from app.discovery import discover
 from app.errors import NotFound, Unavailable
 from app.jobs import claims
 from app.models import Deployment, Job, now

@@ -8,8 +8,8 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.jobs import repository
 from app.jobs.repository import Move
 from app.models import Job

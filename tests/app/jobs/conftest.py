@@ -1,7 +1,8 @@
-"""Jobs as rows, without any request."""
+"""Jobs as rows, without any request; the body of one."""
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from app.jobs import claims, repository
 from app.jobs.repository import Move
 from app.models import DEFAULT_PROJECT, Job, JobEvent, Project, Slot, Worker, new_id, now
 from app.projects.repository import ensure_default
+from app.queue import SilentDoorbell
 from app.states import JobState
+from app.storage import Storage
 from tests.machines import Machine
+from tests.support import train_spec
+from workers.ledger import Ledger
 
 Add = Callable[..., str]
 
@@ -46,6 +51,12 @@ def add(database: Database) -> Add:
 
 
 @pytest.fixture
+def spec(models: Path, file_id: str) -> dict[str, Any]:
+    """A small fine-tune of ``tiny`` on an uploaded file."""
+    return train_spec(str(models / "tiny"), file_id)
+
+
+@pytest.fixture
 def worker(database: Database) -> str:
     """A worker with the slot light-0."""
     with database.write() as session:
@@ -64,6 +75,17 @@ def claim(database: Database, worker: str) -> Callable[..., Job | None]:
             return claims.claim(session, worker_id, "light-0", ["light"], **options)
 
     return claim
+
+
+@pytest.fixture
+def ledger(database: Database, storage: Storage) -> Callable[[Job | None], Ledger]:
+    """The worker's side of a claimed job."""
+
+    def ledger(job: Job | None, worker_id: str = "w1") -> Ledger:
+        assert job is not None
+        return Ledger(database, storage, SilentDoorbell(), job, worker_id)
+
+    return ledger
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.jobs import claims, repository
 from app.jobs.placement import ON_A_GPU
 from app.jobs.repository import Move

@@ -8,8 +8,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.artifacts import repository as artifacts
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.jobs import repository
 from app.jobs.intake import validate_spec
 from app.jobs.repository import Move

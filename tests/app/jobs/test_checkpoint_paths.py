@@ -9,8 +9,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.artifacts import view
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.models import Checkpoint, Job, new_id
 from app.settings import Settings
 from app.storage import Storage

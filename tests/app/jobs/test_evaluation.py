@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.jobs.intake import validate_spec
 from app.queue import SilentDoorbell
 from app.settings import Settings

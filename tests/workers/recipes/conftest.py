@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from app.catalog import Catalog, discover
+from app.catalog import Catalog
+from app.discovery import discover
 from tests.workers.conftest import conversation
 from tests.workers.context import RecordingContext
 

@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from app.capabilities.table import Cell
-from app.catalog import discover
+from app.discovery import discover
 from tests.workers.recipes.cells import spec_of
 from workers.context import JobContext
 

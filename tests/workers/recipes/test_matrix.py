@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from app.capabilities.table import Cell, cells, refusal
-from app.catalog import Catalog, discover
+from app.catalog import Catalog
+from app.discovery import discover
 from tests.workers.recipes.cells import check, step
 
 pytestmark = [

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from app.capabilities.table import Cell, cells, refusal
-from app.catalog import discover
+from app.discovery import discover
 from tests.workers.recipes.cells import ROWS, moved, row_of
 
 CATALOG = discover(["workers.graders", "workers.recipes"])

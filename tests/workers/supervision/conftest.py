@@ -11,8 +11,8 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select
 
-from app.catalog import discover
 from app.db import Database
+from app.discovery import discover
 from app.jobs import claims, repository
 from app.models import Job, JobEvent, Slot, Worker, new_id
 from app.processes import kill_holders_of_slot, processes_with_token

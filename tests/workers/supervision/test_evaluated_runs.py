@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from app.catalog import Catalog, discover
+from app.catalog import Catalog
 from app.db import Database
+from app.discovery import discover
 from app.models import Job, new_id
 from app.settings import Settings
 from tests.workers.conftest import TEMPLATE
