@@ -14,7 +14,7 @@ from app.grading import GraderSpec, Sample, Scoring
 from app.specs import DeploymentOptions, DeploySpec, Dtype, JobSpec, TrainSpec
 
 SlotClass = Literal["train", "serve", "light"]
-ArtifactKind = Literal["adapter", "model", "reward", "report"]
+ArtifactKind = Literal["adapter", "model", "reward", "report", "gguf"]
 HealthStatus = Literal["ok", "warning", "failed"]
 
 

@@ -9,7 +9,7 @@ from app.artifacts.service import existing
 from app.models import Artifact, File, Job
 
 _NUMBERS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "seed")
-_LIBRARIES = {"adapter": "peft", "reward": "transformers", "model": "transformers"}
+_LIBRARIES = {"adapter": "peft", "reward": "transformers", "model": "transformers", "gguf": "gguf"}
 
 
 def card(session: Session, project_id: str, artifact_id: str) -> str:
@@ -24,6 +24,7 @@ def card(session: Session, project_id: str, artifact_id: str) -> str:
         _training(session, job) if job is not None and job.type == "train" else "",
         _learning(row.learning),
         _merge(job) if job is not None and job.type == "merge" else "",
+        _export(job) if job is not None and job.type == "export" else "",
         _versions(job),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -75,6 +76,21 @@ def _learning(learning: dict[str, Any] | None) -> str:
 def _merge(job: Job) -> str:
     spec = job.resolved_spec
     return f"## Merge\n\nMethod `{spec.get('method')}`, dtype `{spec.get('torch_dtype')}`."
+
+
+def _export(job: Job) -> str:
+    result = job.result or {}
+    found = result.get("certificate") or {}
+    rows = [
+        ("file", result.get("file")),
+        ("matrices", found.get("outtype")),
+        ("architecture", found.get("architecture")),
+        ("tokenizer", result.get("tokenizer")),
+        ("largest distance of a logit", found.get("max_logit_distance")),
+        ("share of the largest logit", found.get("relative_logit_distance")),
+        ("prompts with the same next token", f"{found.get('agreeing')} of {found.get('prompts')}"),
+    ]
+    return "\n".join(["## GGUF", "", *_table(("", ""), rows)])
 
 
 def _versions(job: Job | None) -> str:

@@ -15,12 +15,12 @@ _MAX_CONFIG = 10 << 20
 _QUANTISED = re.compile(r"[-_](?:bnb[-_]4bit|unsloth|gptq|awq|fp8|gguf|[48]bit|int[48]|w\d+a\d+)\b", re.I)
 
 
-def read_json(path: Path, param: str) -> dict[str, Any]:
-    """A JSON object from a model folder. Raises BadRequest that names the file."""
+def read_json(path: Path, param: str, most: int = _MAX_CONFIG) -> dict[str, Any]:
+    """A JSON object from a model folder, of ``most`` bytes. Raises BadRequest that names the file."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError("it is not a regular file")  # a FIFO would be waited for
-        if path.stat().st_size > _MAX_CONFIG:
+        if path.stat().st_size > most:
             raise ValueError("it is too large")
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:

@@ -25,7 +25,7 @@ def list_artifacts(
     rooms: RoomsDep,
     limit: Limit = 20,
     after: After = None,
-    kind: Annotated[Literal["adapter", "model", "reward", "report"] | None, Query()] = None,
+    kind: Annotated[Literal["adapter", "model", "reward", "report", "gguf"] | None, Query()] = None,
     name: Annotated[str | None, Query(max_length=63)] = None,
     tag: Annotated[str | None, Query(max_length=63)] = None,
 ) -> Page[ArtifactOut]:

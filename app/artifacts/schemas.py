@@ -11,13 +11,13 @@ from app.specs import NAME_PATTERN, Name, Spec
 
 
 class ArtifactOut(BaseModel):
-    """A folder that a job left: an adapter, a model, a reward model or a report."""
+    """A folder that a job left: an adapter, a model, a reward model, a report or a GGUF file."""
 
     id: str = Field(examples=["art-0b7c1d2e3f405162738495a6"])
     object: Literal["artifact"] = "artifact"
     name: str
     version: int = Field(description="Counts up for each name.")
-    kind: Literal["adapter", "model", "reward", "report"]
+    kind: Literal["adapter", "model", "reward", "report", "gguf"]
     base_chain: list[str] = Field(description="What it was made from, the root first.")
     job_id: str | None
     bytes: int

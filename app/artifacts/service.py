@@ -61,7 +61,7 @@ def file(session: Session, storage: Storage, project_id: str, artifact_id: str, 
 
 
 def certificate(session: Session, storage: Storage, project_id: str, artifact_id: str) -> dict[str, Any]:
-    """The certificate of a merged model. Raises NotFound for an artifact that no merge made."""
+    """The certificate of a merged model or an exported file. Raises NotFound for other artifacts."""
     row = existing(session, project_id, artifact_id)
     try:
         found: dict[str, Any] = json.loads((storage.artifact_dir(artifact_id) / CERTIFICATE).read_bytes())
@@ -69,7 +69,7 @@ def certificate(session: Session, storage: Storage, project_id: str, artifact_id
         raise NotFound(
             f"{row.name}:v{row.version} has no certificate",
             param="artifact_id",
-            hint="Models that a job of type merge made have one.",
+            hint="Models that a job of type merge made, and files of an export, have one.",
         ) from error
     return found
 

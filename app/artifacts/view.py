@@ -22,7 +22,13 @@ from app.models import DEFAULT_PROJECT, Artifact, Checkpoint, Job
 from app.storage import COMPLETE, TRAINER_STATE, Storage
 
 log = logging.getLogger(__name__)
-_FOLDERS = {"adapter": "adapters", "reward": "adapters", "model": "merged_models", "report": "reports"}
+_FOLDERS = {
+    "adapter": "adapters",
+    "reward": "adapters",
+    "model": "merged_models",
+    "report": "reports",
+    "gguf": "gguf",
+}
 # Optimizer, scheduler and RNG state are for resuming; people look for weights.
 _HIDDEN = (*TRAINER_STATE, COMPLETE)
 

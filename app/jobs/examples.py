@@ -46,6 +46,14 @@ _EVALUATE: dict[str, Any] = {
     "gate": {"wants": "better"},
 }
 
+_EXPORT = {
+    "type": "export",
+    "model": "support_merged",
+    "format": "gguf",
+    "outtype": "q8_0",
+    "output_name": "support_q8",
+}
+
 BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -57,6 +65,7 @@ BODY: dict[str, Any] = {
                     "merge": {"summary": "Merge an adapter into its base", "value": _MERGE},
                     "validate": {"summary": "Check a model", "value": {"type": "validate", "model": "support_merged"}},
                     "evaluate": {"summary": "Score a model beside its base", "value": _EVALUATE},
+                    "export": {"summary": "Write a model as GGUF", "value": _EXPORT},
                     "deploy": {
                         "summary": "Serve a model",
                         "value": {"type": "deploy", "model": "support_merged", "name": "support"},

@@ -6,8 +6,9 @@ from typing import Any, Literal
 from app.errors import BadRequest, Code
 from app.specs import DeploySpec, JobSpec
 
-Left = Literal["adapter", "model", "reward"]
+Left = Literal["adapter", "model", "reward", "gguf"]
 _MODEL_MAKERS = ("merge", "import")
+_NO_GGUF = "Name the model that it was made from; type import makes a model of a GGUF file again."
 
 
 def left_by(type_: str, algorithm: str | None, spec: Mapping[str, Any]) -> Left | None:
@@ -16,6 +17,8 @@ def left_by(type_: str, algorithm: str | None, spec: Mapping[str, Any]) -> Left 
         if algorithm == "reward":
             return "reward"
         return "adapter" if (spec.get("model") or {}).get("use_peft", True) else "model"
+    if type_ == "export":
+        return "gguf"
     return "model" if type_ in _MODEL_MAKERS else None
 
 
@@ -28,6 +31,8 @@ def check(consumer: JobSpec, path: str, field_kind: str, source: str, left: Left
         if source_type in ("serve", "deploy", "validate", "check_adapter", "evaluate"):
             raise _refused(path, source, f"is a {source_type} job, which leaves no model", "Name the job that made it.")
         return  # a plug-in's job: known when it is done
+    if left == "gguf" and not takes_gguf(consumer):
+        raise _refused(path, source, "leaves a GGUF file", _NO_GGUF)
     if field_kind == "reward" and left != "reward":
         hint = "Name a train job with algorithm reward."
         raise _refused(path, source, f"leaves {_article(left)}, not a reward model", hint)
@@ -44,9 +49,20 @@ def check(consumer: JobSpec, path: str, field_kind: str, source: str, left: Left
         raise _refused(path, source, "leaves an adapter", merged)
 
 
+def takes_gguf(consumer: JobSpec) -> bool:
+    """Whether a model field may lead to a GGUF file: an import makes a model of it again."""
+    return consumer.type == "import"
+
+
+def check_artifact(consumer: JobSpec, path: str, kind: str, reference: str) -> None:
+    """Refuses an artifact of a kind that the field cannot use. Raises BadRequest wrong_kind."""
+    if kind == "gguf" and not takes_gguf(consumer):
+        raise _refused(path, reference, "is a GGUF file", _NO_GGUF)
+
+
 def _refused(path: str, source: str, what: str, hint: str) -> BadRequest:
     return BadRequest(f"{path}: {source} {what}", param=path, code=Code.WRONG_KIND, hint=hint)
 
 
 def _article(left: Left) -> str:
-    return {"adapter": "an adapter", "model": "a model", "reward": "a reward model"}[left]
+    return {"adapter": "an adapter", "model": "a model", "reward": "a reward model", "gguf": "a GGUF file"}[left]

@@ -22,7 +22,7 @@ from app.deployments import repository as deployments
 from app.errors import BadRequest, Code, Conflict, IdempotencyKeyReused, InsufficientStorage, NotFound
 from app.files import repository as files
 from app.files.rows import CHATS
-from app.jobs import continuing, estimate, judges, kinds, merging, repository
+from app.jobs import continuing, estimate, exporting, judges, kinds, merging, repository
 from app.jobs.intake import Intake, validate_spec
 from app.jobs.repository import Move
 from app.jobs.schemas import JobOut
@@ -218,11 +218,15 @@ class Submission:
             )
             if isinstance(spec, DeploySpec):
                 self._check_deployable(found, path)
+            if found.artifact is not None:
+                kinds.check_artifact(spec, path, found.artifact.kind, value)
             set_at(resolved, path, found.pinned)
             if found.job_id:
                 waits.append(found.job_id)
             elif found.folder and kind == "adapter":
                 check_adapter(found, path)
+            elif found.folder and spec.type == "export":
+                exporting.check(found.folder, path, value)
             elif found.folder and spec.type == "merge":
                 inspect.check_mergeable(found.folder, path, value)
             elif found.folder and kind == "reward":

@@ -30,7 +30,7 @@ class Artifact(Owned, Base):
     __tablename__ = "artifact"
     __table_args__ = (
         UniqueConstraint("project_id", "name", "version"),
-        CheckConstraint("kind IN ('adapter','model','reward','report')", name="kind"),
+        CheckConstraint("kind IN ('adapter','model','reward','report','gguf')", name="kind"),
         Index("ix_artifact_project_created", "project_id", "created_at", "id"),
     )
     id: Mapped[str] = mapped_column(primary_key=True)

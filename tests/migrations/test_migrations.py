@@ -71,6 +71,29 @@ def test_the_models_match(bare: Settings) -> None:
     schema.drift(bare)
 
 
+def test_a_table_that_is_made_anew_loses_nothing_that_points_to_it(bare: Settings, engine: Engine) -> None:
+    config = schema.alembic_config(bare.database)
+    command.upgrade(config, "0003")
+    rows = [
+        "INSERT INTO project (id, name, created_at) VALUES ('p', 'p', '2026-01-01')",
+        "INSERT INTO artifact (id, name, version, kind, bytes, sha256, base_chain, facts, project_id, created_at)"
+        " VALUES ('a', 'a', 1, 'model', 1, 'x', '[]', '{}', 'p', '2026-01-01')",
+        "INSERT INTO artifact_tag VALUES ('a', 'reviewed')",
+        "INSERT INTO alias (project_id, name, artifact_id, moved_at, created_at)"
+        " VALUES ('p', 'prod', 'a', '2026-01-01', '2026-01-01')",
+    ]
+    with engine.execution_options(write=True).begin() as connection:
+        for row in rows:
+            connection.execute(text(row))
+    found = "SELECT a.kind, t.tag, n.name FROM artifact a JOIN artifact_tag t ON t.artifact_id = a.id JOIN alias n"
+    for revision, kind in (("0004", "gguf"), ("0003", "report"), ("0004", "report")):
+        (command.downgrade if revision == "0003" else command.upgrade)(config, revision)
+        with engine.execution_options(write=True).begin() as connection:
+            if kind == "gguf":
+                connection.execute(text("UPDATE artifact SET kind = 'gguf'"))
+            assert connection.execute(text(f"{found} ON n.artifact_id = a.id")).all() == [(kind, "reviewed", "prod")]
+
+
 def test_upgrading_twice_changes_nothing(bare: Settings, engine: Engine) -> None:
     schema.upgrade(bare)
     before = rules(engine)
