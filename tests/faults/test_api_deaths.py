@@ -95,7 +95,7 @@ def test_an_upload_that_is_killed_at_its_rename(
     assert storage.file_path(kept).read_bytes() == GOOD_JSONL
 
 
-@pytest.mark.parametrize("point", ["cancel.before_commit", "cancel.after_commit"])
+@pytest.mark.parametrize("point", [pytest.param("cancel.before_commit", marks=pytest.mark.long), "cancel.after_commit"])
 def test_a_cancellation_whose_answer_never_came(
     point: str,
     client: Client,
@@ -158,6 +158,7 @@ def test_a_watcher_that_dies_while_it_reaps(
     assert client.codes(job_id).count("worker_lost") == 1
 
 
+@pytest.mark.long
 def test_a_watcher_that_dies_while_it_begins_a_deployment(
     client: Client, service: ApiProcess, database: Database, models: Path
 ) -> None:

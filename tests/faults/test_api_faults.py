@@ -176,7 +176,7 @@ def read_stream(url: str, headers: dict[str, str], heard: list[str], ends: list[
         ends.append(type(error).__name__)
 
 
-@pytest.mark.parametrize("how", ["stop", "kill"])
+@pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.long), "kill"])
 def test_a_restart_during_a_stream_an_upload_and_a_submission(
     service: ApiProcess, headers: dict[str, str], database: Database, settings: Settings, timeline: Timeline, how: str
 ) -> None:

@@ -27,7 +27,9 @@ Until = Callable[..., Job]
 POSTS = 200
 
 
-@pytest.mark.parametrize("fault", ["down", "silent", "slow"])
+@pytest.mark.parametrize(
+    "fault", ["down", pytest.param("silent", marks=pytest.mark.long), pytest.param("slow", marks=pytest.mark.long)]
+)
 def test_a_post_does_not_wait_for_the_broker(
     fault: str,
     broker: Valkey,
@@ -160,6 +162,7 @@ def test_a_minute_of_resets_and_answers_that_come_late(
     worker.ends_well(broker.password)
 
 
+@pytest.mark.parametrize("queued", [8, pytest.param(20, marks=pytest.mark.long)])
 def test_a_broker_that_comes_back_empty_and_is_emptied_again(
     broker: Valkey,
     api_on: ApiOn,
@@ -168,28 +171,29 @@ def test_a_broker_that_comes_back_empty_and_is_emptied_again(
     until: Until,
     timeline: Timeline,
     tmp_path: Path,
+    queued: int,
 ) -> None:
-    """Cases 25 and 26: kill -9 with 20 jobs queued and one running, and FLUSHALL when half of them are done."""
+    """Cases 25 and 26: kill -9 with jobs queued and one running, and FLUSHALL when half of them are done."""
     api = api_on(broker.url)
     release = tmp_path / "release"
     running = api.post(until=str(release))
     worker.start(TUNESMITH_BROKER_URL=broker.url, TUNESMITH_SLOTS="train:2")
     wait_for(lambda: api.started(running), 40)
-    jobs = [api.post() for _ in range(20)]
-    until(jobs[2], "succeeded")
+    jobs = [api.post() for _ in range(queued)]
+    until(jobs[queued // 8], "succeeded")
     broker.kill(forget=True)
     timeline.say("the broker was killed")
-    until(jobs[5], "succeeded")
+    until(jobs[queued // 4], "succeeded")
     broker.start()
     timeline.say("it is back, empty")
-    until(jobs[9], "succeeded")
+    until(jobs[queued // 2 - 1], "succeeded")
     broker.client.flushall()
     timeline.say("FLUSHALL")
     once(api, *jobs)
     assert until(running, "running").fence == 1
     release.touch()
     once(api, running)
-    timeline.count("P3", "jobs that ran once although the broker lost everything, twice", 21, of=21)
+    timeline.count("P3", "jobs that ran once although the broker lost everything, twice", queued + 1, of=queued + 1)
     worker.ends_well(broker.password)
 
 

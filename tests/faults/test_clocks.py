@@ -50,9 +50,7 @@ def row(database: Database) -> Callable[[str], Job]:
 
 
 @on_sqlite
-@pytest.mark.parametrize(
-    "places", [((DAY, 0), (0, -DAY), (-DAY, DAY)), pytest.param(PLACES, marks=pytest.mark.long)], ids=["some", "all"]
-)
+@pytest.mark.parametrize("places", [((DAY, -DAY),), pytest.param(PLACES, marks=pytest.mark.long)], ids=["some", "all"])
 def test_a_clock_that_is_set_while_a_run_is_watched(
     worker: Any,
     service: ApiProcess,
@@ -103,6 +101,7 @@ def test_a_clock_that_is_set_while_a_run_is_watched(
 
 
 @on_sqlite
+@pytest.mark.long
 def test_a_watcher_that_was_asleep(
     worker: Any,
     service: ApiProcess,

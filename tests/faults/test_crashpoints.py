@@ -94,6 +94,7 @@ def dies(worker: Any, point: str, **environment: str) -> None:
     assert worker.process.wait(40) == -signal.SIGKILL, worker.log()
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_before_its_claim(worker: Any, scene: Scene, until: Until, timeline: Timeline) -> None:
     """Case 1. Nothing happened: the job is queued, and its first attempt is the next worker's."""
     job_id = scene.submit()
@@ -291,7 +292,9 @@ def test_a_worker_that_dies_right_after_its_success(
     assert link.resolve() == scene.storage.artifact_dir(artifact.id).resolve()
 
 
-@pytest.mark.parametrize("point", ["requeue.before_commit", "requeue.after_commit"])
+@pytest.mark.parametrize(
+    "point", [pytest.param("requeue.before_commit", marks=pytest.mark.long), "requeue.after_commit"]
+)
 def test_a_worker_that_dies_while_it_gives_a_job_back(
     point: str, worker: Any, scene: Scene, until: Until, tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def test_a_database_that_somebody_else_holds(
 
 
 @on_sqlite
+@pytest.mark.long
 def test_a_database_that_is_held_beyond_all_patience(
     worker: Any, submitter: Submitter, until: Until, hold: Any, tmp_path: Path, timeline: Timeline
 ) -> None:

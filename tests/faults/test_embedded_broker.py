@@ -65,7 +65,7 @@ def test_it_is_private_and_remembers(valkey: Valkey) -> None:
     assert valkey.start().waiting() == 1
 
 
-@pytest.mark.parametrize("state", ["running", "frozen"])
+@pytest.mark.parametrize("state", [pytest.param("running", marks=pytest.mark.long), "frozen"])
 def test_one_that_outlived_its_parent_is_replaced(state: str, valkey: Valkey, timeline: Timeline) -> None:
     """Case 33. Never two servers on one data directory, and what the first one kept is there."""
     valkey.start()

@@ -111,7 +111,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("backend", ["postgres"])
-@pytest.mark.parametrize("seconds", [2 * LEASE, pytest.param(20.0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", [1.5 * LEASE, pytest.param(20.0, marks=pytest.mark.long)])
 def test_a_server_that_pauses(
     worker: Any,
     submitter: Submitter,
@@ -176,7 +176,9 @@ def test_a_deadlock(
     assert artifacts(database) == 1
 
 
-@pytest.mark.parametrize("code", ["40001", "40P01"], ids=["serialization_failure", "deadlock_detected"])
+@pytest.mark.parametrize(
+    "code", ["40001", pytest.param("40P01", marks=pytest.mark.long)], ids=["serialization_failure", "deadlock_detected"]
+)
 def test_statements_that_fail_for_now(
     worker: Any,
     submitter: Submitter,

@@ -91,6 +91,30 @@ class Runs:
         self.start(worker)
         return reached - stopped.ckpt_step
 
+    def pause(self, job_id: str) -> int:
+        """Pauses, and waits until the run is gone; the step of the checkpoint that it left."""
+        token = f"{self._settings.instance}:{job_id}:{self.row(job_id).fence}:train-0"
+        assert self._api.post(f"/jobs/{job_id}/pause").status_code == 202
+        wait_for(lambda: self.row(job_id).state == "paused", 60)
+        assert not processes_with_token(token)
+        return self.row(job_id).ckpt_step
+
+    def flip_a_bit(self, job_id: str, step: int) -> None:
+        """In the weights of a checkpoint."""
+        checkpoints = self._api.get(f"/jobs/{job_id}/checkpoints").json()["data"]
+        (path,) = (checkpoint["path"] for checkpoint in checkpoints if checkpoint["step"] == step)
+        weights = self._storage.root / path / "adapter_model.safetensors"
+        damaged = bytearray(weights.read_bytes())
+        damaged[-1] ^= 1
+        weights.write_bytes(damaged)
+
+    def resume(self, job_id: str) -> None:
+        assert self._api.post(f"/jobs/{job_id}/resume").status_code == 200
+
+    def history(self, job_id: str) -> list[dict[str, Any]]:
+        answer = self._api.get(f"/jobs/{job_id}/events", params={"limit": 1000, "order": "asc"})
+        return list(answer.json()["data"])
+
     def start(self, worker: Any) -> None:
         """With a spare runner, so that twenty starts cost twenty moments."""
         models = str(self._base.parent)
@@ -135,9 +159,32 @@ def campaign(runs: Runs, until: Callable[..., Job], timeline: Timeline, kills: t
 
 
 @pytest.mark.timeout(400)
-def test_three_random_kills(runs: Runs, until: Callable[..., Job], timeline: Timeline) -> None:
-    """One run, killed three times."""
-    campaign(runs, until, timeline, kills=(3,), seed=1)
+def test_three_random_kills(runs: Runs, worker: Any, until: Callable[..., Job], timeline: Timeline) -> None:
+    """Cases 6 and 55: one run, killed three times, paused, robbed of a checkpoint, and stopped with its worker."""
+    straight = runs.submit("straight", algorithm="slow_sft", pause=0)
+    until(straight, "succeeded", seconds=120)
+    job_id = runs.submit("crooked", algorithm="slow_sft", pause=0.03)
+    steps = sorted(random.Random(1).sample(range(1, STEPS // 2), 3))
+    costs = [runs.kill_at(job_id, step, timeline) for step in steps]
+    timeline.bound("P7", f"steps lost by a kill, a checkpoint every {SAVE}", max(costs), 2 * SAVE, "steps")
+
+    runs.reach(job_id, STEPS // 2 + SAVE)
+    newest = runs.pause(job_id)
+    runs.flip_a_bit(job_id, newest)
+    runs.resume(job_id)
+    runs.reach(job_id, newest + SAVE)
+    lost = runs.stop_at(job_id, newest + SAVE, worker, timeline)
+    timeline.bound("P10", "steps lost by SIGTERM of a worker", lost, 1, "steps")
+    until(job_id, "succeeded", seconds=120)
+
+    history = runs.history(job_id)
+    codes = [event["code"] for event in history]
+    once = ("job_paused", "checkpoint_rejected", "job_resumed", "job_interrupted")
+    assert {code: codes.count(code) for code in once} == dict.fromkeys(once, 1)
+    assert codes.count("runner_killed") == len(steps)
+    assert [event["seq"] for event in history] == list(range(1, len(history) + 1))
+    equal = len(steps) * (runs.weights(job_id) == runs.weights(straight))
+    timeline.count("P7", "kills after which the final weights equal the uninterrupted run's", equal, len(steps))
 
 
 @pytest.mark.long
@@ -165,12 +212,6 @@ def stops(runs: Runs, worker: Any, until: Callable[..., Job], timeline: Timeline
         "P10", "stops that lost no attempt and at most a step", sum(0 <= cost <= 1 for cost in lost), sum(times)
     )
     assert len(set(ends)) == 1, "however often and wherever they were stopped"
-
-
-@pytest.mark.timeout(400)
-def test_three_random_stops(runs: Runs, worker: Any, until: Callable[..., Job], timeline: Timeline) -> None:
-    """One run, stopped three times."""
-    stops(runs, worker, until, timeline, times=(3,))
 
 
 @pytest.mark.long

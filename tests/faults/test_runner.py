@@ -222,7 +222,7 @@ def test_a_run_that_prints_without_end(
     timeline.bound("P12", "time that printing 300 MB took the run", job.result["seconds"], at_most=20)
 
 
-@pytest.mark.parametrize("mode", ["cuda_oom", "cpu_oom"])
+@pytest.mark.parametrize("mode", ["cuda_oom", pytest.param("cpu_oom", marks=pytest.mark.long)])
 def test_torch_that_is_out_of_memory_is_not_tried_again(unruly: Start, mode: str) -> None:
     """Case 18. Of the GPU and of the CPU, which says it in other words."""
     job = unruly(mode).end(60)

@@ -29,7 +29,7 @@ CARRIED = {"project": "id", "job": "id", "job_event": "seq", "artifact": "id"}
 """Tables, and what orders their rows."""
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.long)])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

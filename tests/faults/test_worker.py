@@ -22,7 +22,7 @@ pytestmark = pytest.mark.fault
 Until = Callable[..., Job]
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.long)])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
