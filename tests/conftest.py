@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What waits for real processes runs once more before it counts as failed; the summary names it (docs/decisions)."""
+    """What waits for real processes runs once more before it fails, and the summary names it (docs/decisions)."""
     if config.getoption("--measured") is None:
         for item in items:
             if any(item.get_closest_marker(name) for name in ("fault", "e2e", "browser")):

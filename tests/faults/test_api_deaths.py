@@ -132,6 +132,7 @@ def test_a_cancellation_whose_answer_never_came(
     worker.ends_well()
 
 
+@pytest.mark.long
 def test_a_watcher_that_dies_while_it_reaps(
     client: Client,
     service: ApiProcess,

@@ -147,10 +147,12 @@ def digest(file: Path) -> str | None:
     ("damage", "code", "reason", "refusal"),
     [
         (unlinked, "database_busy", "file is missing", "there is no database at"),
-        (emptied, "database_busy", "schema is not current", "run tunesmith migrate"),
-        (truncated, "database_damaged", "damaged", "damaged|malformed"),
+        pytest.param(
+            emptied, "database_busy", "schema is not current", "run tunesmith migrate", marks=pytest.mark.long
+        ),
+        pytest.param(truncated, "database_damaged", "damaged", "damaged|malformed", marks=pytest.mark.long),
         (overwritten, "database_damaged", "damaged", "damaged"),
-        (no_database, "database_damaged", "damaged", "not a database"),
+        pytest.param(no_database, "database_damaged", "damaged", "not a database", marks=pytest.mark.long),
     ],
 )
 def test_a_database_that_is_gone_or_damaged(

@@ -73,7 +73,7 @@ def stream_of_posts(url: str, key: str, stored: list[str], enough: int) -> None:
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("rounds", [3, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(50, marks=pytest.mark.long)])
 def test_what_was_acknowledged_survives_the_death_of_everything(
     tmp_path: Path, run_dir: Path, timeline: Timeline, rounds: int
 ) -> None:

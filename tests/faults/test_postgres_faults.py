@@ -207,7 +207,10 @@ def test_statements_that_fail_for_now(
     assert submitter.client.post("/jobs", **again).status_code == 201
 
 
-@pytest.mark.parametrize("level", [pytest.param("repeatable read", marks=pytest.mark.long), "serializable"])
+@pytest.mark.parametrize(
+    "level",
+    [pytest.param("repeatable read", marks=pytest.mark.long), pytest.param("serializable", marks=pytest.mark.long)],
+)
 def test_a_server_whose_operator_wants_another_isolation(
     worker: Any, submitter: Submitter, until: Until, cluster: Cluster, name: str, level: str, timeline: Timeline
 ) -> None:

@@ -95,7 +95,7 @@ class Runs:
         """Pauses, and waits until the run is gone; the step of the checkpoint that it left."""
         token = f"{self._settings.instance}:{job_id}:{self.row(job_id).fence}:train-0"
         assert self._api.post(f"/jobs/{job_id}/pause").status_code == 202
-        wait_for(lambda: self.row(job_id).state == "paused", 60)
+        wait_for(lambda: self._api.get(f"/jobs/{job_id}").json()["status"] == "paused", 60)
         assert not processes_with_token(token)
         return self.row(job_id).ckpt_step
 
@@ -159,8 +159,8 @@ def campaign(runs: Runs, until: Callable[..., Job], timeline: Timeline, kills: t
 
 
 @pytest.mark.timeout(400)
-def test_three_random_kills(runs: Runs, worker: Any, until: Callable[..., Job], timeline: Timeline) -> None:
-    """Cases 6 and 55: one run, killed three times, paused, robbed of a checkpoint, and stopped with its worker."""
+def test_three_random_kills(runs: Runs, until: Callable[..., Job], timeline: Timeline) -> None:
+    """Cases 6 and 55: one run, killed three times, paused, and robbed of its newest checkpoint."""
     straight = runs.submit("straight", algorithm="slow_sft", pause=0)
     until(straight, "succeeded", seconds=120)
     job_id = runs.submit("crooked", algorithm="slow_sft", pause=0.03)
@@ -172,14 +172,11 @@ def test_three_random_kills(runs: Runs, worker: Any, until: Callable[..., Job], 
     newest = runs.pause(job_id)
     runs.flip_a_bit(job_id, newest)
     runs.resume(job_id)
-    runs.reach(job_id, newest + SAVE)
-    lost = runs.stop_at(job_id, newest + SAVE, worker, timeline)
-    timeline.bound("P10", "steps lost by SIGTERM of a worker", lost, 1, "steps")
     until(job_id, "succeeded", seconds=120)
 
     history = runs.history(job_id)
     codes = [event["code"] for event in history]
-    once = ("job_paused", "checkpoint_rejected", "job_resumed", "job_interrupted")
+    once = ("job_paused", "checkpoint_rejected", "job_resumed")
     assert {code: codes.count(code) for code in once} == dict.fromkeys(once, 1)
     assert codes.count("runner_killed") == len(steps)
     assert [event["seq"] for event in history] == list(range(1, len(history) + 1))

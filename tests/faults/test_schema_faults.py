@@ -125,6 +125,7 @@ def later() -> int:
     return len(known - {OLDEST})
 
 
+@pytest.mark.long
 def test_a_first_migration_that_is_killed(bare: Settings) -> None:
     """Case 42. At each revision. Nothing was there before, so nothing is lost; nothing half-made is in the way."""
     for number in range(1 + later()):

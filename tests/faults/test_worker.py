@@ -136,6 +136,7 @@ def test_a_crash_of_the_runner_never_takes_the_worker_down(worker: Any, submit: 
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
+@pytest.mark.parametrize("broker_url", [pytest.param("valkey", marks=pytest.mark.long), "redis-tcp"], indirect=True)
 def test_the_bell_is_heard_over_each_kind_of_broker(
     settings: Settings, key: str, broker_url: str, tmp_path: Path, until: Until, after_the_fault: None
 ) -> None:
