@@ -183,6 +183,7 @@ SHORT = [
     *("no effect", "NaN", "extra tensor changed", "missing shard", "flipped bit", "flipped bit where no adapter is"),
     *(
         "cut short",
+        "longer than its tensors",
         "two layers changed places",
         "config of another shape",
         "swapped tokenizer",

@@ -65,6 +65,9 @@ def _header(path: Path) -> dict[str, TensorInfo]:
         raise RunError(Code.MODEL_INVALID, f"{path.name} is no valid safetensors file: {error}") from error
     if any(tensor.end > total or tensor.start > tensor.end for tensor in tensors.values()):
         raise RunError(Code.MODEL_INVALID, f"{path.name} is cut short: its header points behind its end")
+    surplus = total - max((tensor.end for tensor in tensors.values()), default=8 + size)
+    if surplus:  # safetensors itself refuses such a file
+        raise RunError(Code.MODEL_INVALID, f"{path.name} holds {surplus} bytes behind its last tensor")
     return tensors
 
 
