@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
 
-from app.catalog import discover
+from app.discovery import discover
 from app.settings import Settings
 from tests.workers.conftest import make_model
 from tests.workers.supervision.conftest import claim
