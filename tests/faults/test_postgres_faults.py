@@ -111,7 +111,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("backend", ["postgres"])
-@pytest.mark.parametrize("seconds", [1.5 * LEASE, pytest.param(20.0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", [2 * LEASE, pytest.param(20.0, marks=pytest.mark.long)])
 def test_a_server_that_pauses(
     worker: Any,
     submitter: Submitter,
