@@ -1,13 +1,14 @@
 """A model small enough to be trained in a second, with a tokenizer trained on the spot."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+# torch and transformers are imported where they are used: importing them takes each test process 10 s of CPU, and most
+# tests that are collected beside this file, the fault suite first, never touch them.
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SYSTEM = "Spell the number in words."
@@ -28,6 +29,9 @@ def conversation(number: int) -> list[dict[str, str]]:
 
 def make_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> Any:
     """A byte-level BPE tokenizer of 400 entries, saved to the folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -54,6 +58,9 @@ def make_model(
     folder: Path, *, architecture: str = "llama", seed: int = 0, dtype: str = "float32", **config: int
 ) -> Path:
     """Two layers, 64 wide, 4 heads of which 2 for keys, unless ``config`` says otherwise; random weights."""
+    import torch  # noqa: PLC0415
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM  # noqa: PLC0415
+
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -91,7 +98,8 @@ def make_servable_model(folder: Path) -> Path:
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products this small only wait for each other on several cores."""
     monkeypatch.setattr("workers.loading.devices.os.sched_getaffinity", lambda _: {0})
-    torch.set_num_threads(1)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
