@@ -30,6 +30,8 @@ class RunContext(Protocol):
     """Inputs made ready: ``prepare`` fills it, ``run`` reads it (committed and verified); None without that stage."""
     catalog: "Catalog"
     """All plugs, so that an operation can look up e.g. a merge method."""
+    live_socket: Path | None
+    """Where a training run answers requests between its steps; None = nobody asks."""
 
     @property
     def kept_dir(self) -> Path:

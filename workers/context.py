@@ -81,6 +81,8 @@ class JobContext:
         self._spec: dict[str, Any] = attempt.get("spec") or {}
         # Of the ranks of a run on several GPUs the first tells what happens; the others write nothing.
         self.leads = rank() == 0
+        live = attempt.get("live_socket")
+        self.live_socket = Path(live) if live and self.leads else None
         self._journal = Journal(attempt_dir / EVENTS if self.leads else Path(os.devnull))
         self._stop = threading.Event()
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from app.artifacts import references
 from app.catalog import Catalog
 from app.errors import AppError, Code, RunError
+from app.jobs.live import live_socket
 from app.models import Checkpoint, Job
 from app.settings import Settings
 from app.specs import JobSpec
@@ -56,6 +57,7 @@ def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Jo
         "spec": job.resolved_spec,
         "inputs": inputs,
         "packages": list(settings.packages),
+        "live_socket": str(live_socket(settings, job.id)) if job.type == "train" and not job.next_class else None,
     }
 
 

@@ -24,6 +24,7 @@ class RecordingContext:
         self.catalog = catalog or Catalog()
         self.prepared_dir: Path | None = None
         self.resume_from: Path | None = None
+        self.live_socket: Path | None = None
         self.stop_after: int | None = None
         self.events: list[dict[str, Any]] = []
         self.phases: list[str] = []

@@ -14,6 +14,7 @@ from workers.loading.actor_critic import ActorCritic
 from workers.loading.cadence import Cadence
 from workers.loading.health import Health
 from workers.loading.judging import Judge
+from workers.loading.live_http import answering
 from workers.loading.prompts import Prompt
 from workers.loading.rollouts import Rollout, roll_out
 from workers.loading.signs import Signs
@@ -104,6 +105,7 @@ class Ppo:
     def run(self, resume_from: Path | None = None) -> None:
         """All steps. Raises Interrupted once a stop is saved, RunError non_finite_loss."""
         ended = self._load(resume_from) if resume_from is not None else False
+        live = answering(self.ctx, self.actor.model, self.tokenizer)
         self.watch.begin(self.step)
         while self.step < self.settings.steps and not ended:
             self.step += 1
@@ -131,6 +133,11 @@ class Ppo:
                 self._checkpoint(metrics, ended=ended)
             if stop:
                 raise Interrupted("stopped on request; the last step is saved as a checkpoint")
+            if live is not None and not ended:
+                with self.actor.acting_as("policy") as model:
+                    live.between_steps(model, self.step)
+        if live is not None:
+            live.close()
         self._finish()
 
     def _finish(self) -> None:

@@ -9,6 +9,7 @@ from app.catalog import RunContext
 from app.specs import TrainSpec
 from workers.loading.cadence import Cadence
 from workers.loading.health import Health
+from workers.loading.live_http import LiveServer, answering
 from workers.loading.stopping import Stopping
 from workers.loading.watch import Watch
 
@@ -52,13 +53,18 @@ def reporter(
             self.latest: dict[str, float] = {}
             self.logged_at = -1
             self.training = False  # held-out rows may be measured before it begins and after it has ended
+            self.live: LiveServer | None = None
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any
+        ) -> None:
             self.latest, self.training = {}, True
+            if not args.fsdp:  # no process holds the whole model
+                self.live = answering(ctx, model, processing_class)
             self.logged_at = state.global_step
             watch.begin(state.global_step)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             step, total = state.global_step, state.max_steps
             loss, watch.step_loss = watch.step_loss, 0.0
             watch.tokens += _summed(args, watch.step_tokens)
@@ -91,6 +97,8 @@ def reporter(
                 control.should_save = False  # the last good checkpoint stays the last
             if trend is not None and step < total and step % max(total // _QUARTERS, 1) == 0:
                 health.trend(trend_of(state, trend), trend, rises=rises)
+            if self.live is not None and not control.should_training_stop:
+                self.live.between_steps(model, step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             step = state.global_step
@@ -134,6 +142,8 @@ def reporter(
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.training = False
+            if self.live is not None:
+                self.live.close()
 
     return Reporter()
 

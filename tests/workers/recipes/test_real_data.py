@@ -5,6 +5,7 @@ Short runs, of minutes on two cores. What a run came to is printed as a line of 
 
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from num2words import num2words
+from transformers import AutoModelForCausalLM
 
 from app.catalog import Catalog
 from app.commands.demo import BELOW, SYSTEM
@@ -65,13 +68,13 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def go(catalog: Catalog, smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """``go(spec, file, held_out)``: a run from spec to result, its figures printed."""
 
-    def run(spec: dict[str, Any], file: Path, held_out: Path | None = None) -> RecordingContext:
+    def run(spec: dict[str, Any], file: Path, held_out: Path | None = None, model: Path = smollm2) -> RecordingContext:
         dataset = {"file": "file-1", **({"eval_file": "file-2"} if held_out else {}), **spec.pop("dataset", {})}
         recipe = catalog.recipes[spec["algorithm"]]
         made = recipe.spec.model_validate(
             {**spec, "model": {"model_name_or_path": NAME, **spec.get("model", {})}, "dataset": dataset}
         )
-        inputs = {"model.model_name_or_path": smollm2, "dataset.file": file}
+        inputs = {"model.model_name_or_path": model, "dataset.file": file}
         inputs |= {"dataset.eval_file": held_out} if held_out else {}
         root = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
         ctx = RecordingContext(root, inputs, {"model.model_name_or_path": {"name": NAME}}, catalog)
@@ -190,6 +193,50 @@ def test_dpo_widens_the_margin_on_pairs_that_it_never_saw(go: Any) -> None:
         real("dpo_en_demo.json"),
     )
     assert metric(ctx, "margin")["low"] > 0, "95 % sure that the margin of held-out pairs rises"
+
+
+def first_layers(model: Path, folder: Path, count: int) -> Path:
+    """The model with its first layers alone: quick, and enough to tell the tone of an answer."""
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    whole.model.layers = whole.model.layers[:count]
+    whole.config.num_hidden_layers = count
+    if getattr(whole.config, "layer_types", None):
+        whole.config.layer_types = whole.config.layer_types[:count]
+    whole.save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_model_judges_pairs_that_it_never_saw(
+    go: Any, smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every pair that fits is held out once, in one of three runs."""
+    pairs = json.loads(real("dpo_en_demo.json").read_text())
+    random.Random(0).shuffle(pairs)
+    base = first_layers(smollm2, tmp_path / "base", 2)
+    right = seen = 0
+    for fold in range(3):
+        learnt = [pair for number, pair in enumerate(pairs) if number % 3 != fold]
+        ctx = go(
+            {
+                "algorithm": "reward",
+                "training": {
+                    "max_length": 768,
+                    "num_train_epochs": 3,
+                    "per_device_train_batch_size": 8,
+                    "learning_rate": 5e-3,
+                },
+            },
+            written(tmp_path / f"learnt-{fold}.jsonl", learnt),
+            written(tmp_path / f"held-out-{fold}.jsonl", pairs[fold::3]),
+            model=base,
+        )
+        rows = ctx.outputs[0][2]["learning"]["rows"]
+        right += round(metric(ctx, "accuracy")["tuned"] * rows)
+        seen += rows
+    by_chance = sum(math.comb(seen, more) for more in range(right, seen + 1)) / 2**seen
+    tell(capsys, {"right": right, "seen": seen, "by_chance": by_chance})
+    assert by_chance < 0.025, f"{right} of {seen} held-out pairs judged rightly"
 
 
 def short_questions(path: Path, tokenizer: Any, source: Path, count: int) -> Path:

@@ -1,0 +1,188 @@
+"""OpenAI's routes of a run that answers between its steps, on a private unix socket."""
+
+import itertools
+import json
+import queue
+import socketserver
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+from app.catalog import RunContext
+from workers.loading.live import MOST_SECONDS, MOST_TOKENS, PATIENCE, Ask, Live, Refused
+
+_NOT_HERE = ("tools", "logprobs", "top_logprobs", "response_format", "structured_outputs", "echo", "suffix")
+
+
+def answering(ctx: RunContext, model: Any, tokenizer: Any) -> "LiveServer | None":
+    """The socket of this run; None where nobody asks, or where the model writes no text."""
+    if ctx.live_socket is None or not getattr(model, "can_generate", lambda: False)():
+        return None
+    return LiveServer(ctx.live_socket, Live(ctx, tokenizer))
+
+
+class LiveServer:
+    """Listens at ``path`` until ``close``; a socket that an earlier attempt left there is replaced."""
+
+    def __init__(self, path: Path, live: Live) -> None:
+        self._path, self._live = path, live
+        path.unlink(missing_ok=True)
+        self._server = _Server(str(path), _handler(live))
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="live", daemon=True).start()
+
+    def between_steps(self, model: Any, step: int) -> None:
+        """See ``Live.between_steps``."""
+        self._live.between_steps(model, step)
+
+    def close(self) -> None:
+        """Nobody is answered any more; who waits is told so."""
+        self._path.unlink(missing_ok=True)
+        self._live.end()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def parse(path: str, body: bytes) -> Ask:
+    """Raises Refused for what this endpoint cannot do; the gateway has checked the rest."""
+    try:
+        value = json.loads(body)
+        chat = path == "/v1/chat/completions"
+        for name in _NOT_HERE:
+            if value.get(name):
+                raise Refused(400, f"{name} is not possible while a run answers itself: deploy the model for it")
+        if (value.get("n") or 1) != 1:
+            raise Refused(400, "n: a run in training gives one answer at a time")
+        prompt = "" if chat else value["prompt"]
+        if not isinstance(prompt, str):
+            raise Refused(400, "prompt: a run in training takes one text")
+        asked = value.get("max_completion_tokens") or value.get("max_tokens") or MOST_TOKENS
+        stop = value.get("stop") or []
+        temperature = value.get("temperature")
+        return Ask(
+            chat=chat,
+            messages=[{**turn, "content": _text(turn.get("content"))} for turn in value["messages"]] if chat else [],
+            prompt=prompt,
+            model=str(value.get("model", "")),
+            tokens=min(int(asked), MOST_TOKENS),
+            temperature=1.0 if temperature is None else float(temperature),
+            top_p=float(value.get("top_p") or 1.0),
+            seed=value.get("seed"),
+            stop=[stop] if isinstance(stop, str) else list(stop),
+            stream=bool(value.get("stream")),
+            usage=bool((value.get("stream_options") or {}).get("include_usage")),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refused(400, f"the request cannot be read: {error}") from error
+
+
+def _text(content: Any) -> str:
+    """OpenAI's parts of text as one."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""
+
+
+class _Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+
+def _handler(live: Live) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def address_string(self) -> str:
+            return "gateway"
+
+        def log_message(self, format: str, *values: Any) -> None:
+            """Requests are told in the job's history."""
+
+        def do_GET(self) -> None:
+            self._json(200 if self.path == "/health" else 404, {})
+
+        def do_POST(self) -> None:
+            try:
+                if self.path not in ("/v1/chat/completions", "/v1/completions"):
+                    raise Refused(404, "a run in training has /v1/chat/completions and /v1/completions")
+                size = int(self.headers.get("content-length") or 0)  # the gateway lets no large ones through
+                with live.asking(parse(self.path, self.rfile.read(size))) as ask:
+                    self._reply(ask)
+            except Refused as error:
+                self._json(error.status, {"error": {"message": str(error), "code": error.status}})
+            except OSError:
+                self.close_connection = True  # whoever asked has left
+
+        def _reply(self, ask: Ask) -> None:
+            """The first piece is waited for before a word is said, so that a refusal still has its status."""
+            name = f"{'chatcmpl' if ask.chat else 'cmpl'}-{uuid.uuid4().hex}"
+            head = {"id": name, "created": int(time.time()), "model": ask.model}
+            pieces = self._pieces(ask)
+            if not ask.stream:
+                self._json(200, _whole(head, ask, list(pieces)))
+                return
+            first = next(pieces)
+            self.close_connection = True
+            self.send_response(200)
+            self.send_header("content-type", "text/event-stream")
+            self.send_header("connection", "close")
+            self.end_headers()
+            try:
+                for piece in itertools.chain([first], pieces):
+                    for event in _events(head, ask, piece):
+                        self.wfile.write(b"data: " + event + b"\n\n")
+            except Refused as error:
+                told = {"error": {"message": str(error), "code": error.status}}
+                self.wfile.write(b"data: " + json.dumps(told).encode() + b"\n\n")
+
+        def _pieces(self, ask: Ask) -> Iterator[Any]:
+            patience = PATIENCE
+            while True:
+                try:
+                    piece = ask.pieces.get(timeout=patience)
+                except queue.Empty:
+                    raise Refused(503, "the run is in the middle of a step that takes longer") from None
+                if isinstance(piece, Refused):
+                    raise piece
+                yield piece
+                if isinstance(piece, dict):
+                    return
+                patience = MOST_SECONDS + PATIENCE
+
+        def _json(self, status: int, value: dict[str, Any]) -> None:
+            body = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            if status == 503:
+                self.send_header("retry-after", "2")
+            self.end_headers()
+            self.wfile.write(body)
+
+    return Handler
+
+
+def _whole(head: dict[str, Any], ask: Ask, pieces: list[Any]) -> dict[str, Any]:
+    text, end = "".join(pieces[:-1]), pieces[-1]
+    said = {"message": {"role": "assistant", "content": text}} if ask.chat else {"text": text}
+    choice = {"index": 0, **said, "logprobs": None, "finish_reason": end["finish_reason"]}
+    kind = "chat.completion" if ask.chat else "text_completion"
+    return {**head, "object": kind, "choices": [choice], "usage": end["usage"], "step": end["step"]}
+
+
+def _events(head: dict[str, Any], ask: Ask, piece: Any) -> Iterator[bytes]:
+    head = {**head, "object": "chat.completion.chunk" if ask.chat else "text_completion"}
+
+    def event(text: str, finish: str | None) -> bytes:
+        said = {"delta": {"role": "assistant", "content": text}} if ask.chat else {"text": text}
+        return json.dumps({**head, "choices": [{"index": 0, **said, "finish_reason": finish}]}).encode()
+
+    if isinstance(piece, str):
+        yield event(piece, None)
+        return
+    yield event("", piece["finish_reason"])
+    if ask.usage:
+        yield json.dumps({**head, "choices": [], "usage": piece["usage"]}).encode()
+    yield b"[DONE]"
