@@ -11,6 +11,7 @@ from app.db import Database
 from app.deployments import repository
 from app.deployments.schemas import DeploymentIn, DeploymentOut
 from app.errors import BadRequest, Code, Conflict, NotFound, Unavailable
+from app.jobs import live
 from app.jobs import repository as jobs
 from app.jobs.repository import Move
 from app.models import Deployment, Job, new_id, now
@@ -34,11 +35,14 @@ class Route:
 class Router:
     """Finds the engine that serves a name; for the gateway."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
+        self._settings = settings
 
     def route_for(self, model: str, project_id: str) -> Route:
         """Raises NotFound for a name that nobody serves, Unavailable while its engine starts."""
+        if model.endswith(live.SUFFIX):
+            return self._live_route(model, project_id)
         with self._database.read() as session:
             row = repository.live_by_name(session, project_id, model)
         if row is None:
@@ -53,6 +57,28 @@ class Router:
                 f"the model {model} is {row.status}", retry_after=5, code=Code.MODEL_NOT_READY, hint="Try again soon."
             )
         return Route(row.socket, row.name, row.id)
+
+    def _live_route(self, model: str, project_id: str) -> Route:
+        """To a run in training, by its id or its experiment name; of several of one name to the newest."""
+        name = model.removesuffix(live.SUFFIX)
+        with self._database.read() as session:
+            found = [job.id for job in live.in_training(session, project_id, name)]
+        if not found:
+            raise NotFound(
+                f"no run {name[:128]!r} is in training",
+                param="model",
+                code=Code.MODEL_NOT_FOUND,
+                hint=f"NAME{live.SUFFIX} asks a run while it trains; NAME is its id or its experiment_name.",
+            )
+        socket = live.live_socket(self._settings, found[0])
+        if not socket.exists():
+            raise Unavailable(
+                f"the run {name} has not begun its steps, or cannot answer between them",
+                retry_after=5,
+                code=Code.MODEL_NOT_READY,
+                hint="Its events tell how far it is.",
+            )
+        return Route(str(socket), model, found[0])
 
 
 def create(
@@ -218,8 +244,20 @@ def create_from(
 
 
 def served_models(session: Session, project_id: str) -> list[dict[str, Any]]:
-    """What ``/v1/models`` lists: everything with a name that is served or about to be."""
-    return [
+    """What ``/v1/models`` lists: everything with a name that is served or about to be, and the runs in training."""
+    training = [
+        {
+            "id": f"{job.experiment_name}{live.SUFFIX}",
+            "object": "model",
+            "created": int(job.created_at.timestamp()),
+            "owned_by": job.project_id,
+            "root": job.id,
+            "parent": None,
+            "status": "training",
+        }
+        for job in live.in_training(session, project_id)
+    ]
+    return training + [
         {
             "id": row.name,
             "object": "model",

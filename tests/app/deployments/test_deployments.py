@@ -143,8 +143,10 @@ def test_stopping_one_that_runs_asks_its_worker(
         assert session.get_one(Job, job.id).next_seq == replica.next_seq
 
 
-def test_the_gateway_finds_only_what_answers(deploy: Any, database: Database, move: Any, claim: Any) -> None:
-    router = Router(database)
+def test_the_gateway_finds_only_what_answers(
+    deploy: Any, database: Database, settings: Settings, move: Any, claim: Any
+) -> None:
+    router = Router(database, settings)
     with pytest.raises(NotFound):
         router.route_for("support", "proj-default")
     row = deploy()
