@@ -79,7 +79,7 @@ def test_a_run_answers_through_the_gateway_while_it_trains(
 
 
 def test_a_run_that_has_not_begun_its_steps_is_not_ready(start: Any, api: TestClient, house: House) -> None:
-    attempt = start("sleep")
+    attempt = start("hang")
     with house.database.write() as session:
         job = session.get_one(Job, attempt.job.id)
         job.type, job.algorithm = "train", "sft"
