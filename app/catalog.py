@@ -49,8 +49,12 @@ class RunContext(Protocol):
         """What the registry knows of that input: ``artifact_id``, ``name``, ``kind``, ``base_chain`` (may be empty)."""
         ...
 
+    def interpreter(self, name: Literal["quantize"]) -> Path:
+        """Python with a library that cannot live beside ours. Raises RunError engine_missing where there is none."""
+        ...
+
     def phase(self, name: str) -> None:
-        """For display: staging, loading, training, evaluating, saving, merging, validating, uploading."""
+        """For display: staging, loading, training, evaluating, saving, merging, quantising, validating, uploading."""
         ...
 
     def event(self, code: str, message: str, *, level: Literal["info", "warn", "error"] = "info", **data: Any) -> None:

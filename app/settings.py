@@ -23,6 +23,11 @@ def _default_data_dir() -> Path:
     return Path(base) / "tunesmith"
 
 
+def _interpreter(named: Path | None, environment: str) -> Path | None:
+    path = named or PROJECT_ROOT / environment / "bin" / "python"
+    return path if path.is_file() else None
+
+
 class Settings(BaseSettings):
     """Everything that an operator can set. Each field is ``TUNESMITH_<NAME>`` in the environment."""
 
@@ -46,6 +51,9 @@ class Settings(BaseSettings):
         ("*",), description="Patterns of hub repositories that may be used, separated by commas."
     )
     serve_python: Path | None = Field(None, description="Interpreter that has vLLM; default .venv-serve's.")
+    quantize_python: Path | None = Field(
+        None, description="Interpreter that has llm-compressor; default .venv-quantize's."
+    )
     slots: str | None = Field(
         None, description="Default: each GPU one, light:1; without a GPU train:1,serve:2,light:1."
     )
@@ -136,8 +144,12 @@ class Settings(BaseSettings):
     @property
     def engine_python(self) -> Path | None:
         """The interpreter that has vLLM, or None."""
-        candidates = [self.serve_python] if self.serve_python else [PROJECT_ROOT / ".venv-serve" / "bin" / "python"]
-        return next((path for path in candidates if path.is_file()), None)
+        return _interpreter(self.serve_python, ".venv-serve")
+
+    @property
+    def quantizer_python(self) -> Path | None:
+        """The interpreter that has llm-compressor, or None."""
+        return _interpreter(self.quantize_python, ".venv-quantize")
 
     @property
     def base_url(self) -> str:

@@ -79,6 +79,7 @@ class JobContext:
         self._dir = attempt_dir
         self._inputs: dict[str, dict[str, Any]] = attempt["inputs"]
         self._spec: dict[str, Any] = attempt.get("spec") or {}
+        self._interpreters: Mapping[str, str] = attempt.get("interpreters") or {}
         # Of the ranks of a run on several GPUs the first tells what happens; the others write nothing.
         self.leads = rank() == 0
         live = attempt.get("live_socket")
@@ -108,6 +109,18 @@ class JobContext:
     def input_info(self, field: str) -> Mapping[str, Any]:
         """See RunContext."""
         return self._inputs.get(field, {})
+
+    def interpreter(self, name: Literal["quantize"]) -> Path:
+        """See RunContext."""
+        if found := self._interpreters.get(name):
+            return Path(found)
+        library, variable = "llm-compressor", "TUNESMITH_QUANTIZE_PYTHON"
+        raise RunError(
+            Code.ENGINE_MISSING,
+            f"there is no Python environment with {library}",
+            hint="Make one beside the project (python3 -m venv .venv-quantize; .venv-quantize/bin/pip install "
+            f"llmcompressor), or set {variable} to an interpreter that has it.",
+        )
 
     def _fetch(self, field: str, repo: str, revision: str | None) -> Path:
         from huggingface_hub import snapshot_download

@@ -57,6 +57,7 @@ def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Jo
         "spec": job.resolved_spec,
         "inputs": inputs,
         "packages": list(settings.packages),
+        "interpreters": {"quantize": str(python)} if (python := settings.quantizer_python) else {},
         "live_socket": str(live_socket(settings, job.id)) if job.type == "train" and not job.next_class else None,
     }
 

@@ -25,6 +25,7 @@ def card(session: Session, project_id: str, artifact_id: str) -> str:
         _learning(row.learning),
         _merge(job) if job is not None and job.type == "merge" else "",
         _export(job) if job is not None and job.type == "export" else "",
+        _quantised(job) if job is not None and job.type == "quantize" else "",
         _versions(job),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -91,6 +92,19 @@ def _export(job: Job) -> str:
         ("prompts with the same next token", f"{found.get('agreeing')} of {found.get('prompts')}"),
     ]
     return "\n".join(["## GGUF", "", *_table(("", ""), rows)])
+
+
+def _quantised(job: Job) -> str:
+    found = (job.result or {}).get("certificate") or {}
+    rows = [
+        ("scheme", found.get("scheme")),
+        ("by", found.get("method")),
+        ("bytes of weights", found.get("bytes")),
+        ("of the source's", found.get("source_bytes")),
+        ("KL to the source, nats a token", found.get("kl")),
+        ("share of tokens with the same first choice", found.get("top1_agreement")),
+    ]
+    return "\n".join(["## Quantisation", "", *_table(("", ""), rows)])
 
 
 def _versions(job: Job | None) -> str:

@@ -54,6 +54,8 @@ _EXPORT = {
     "output_name": "support_q8",
 }
 
+_QUANTIZE = {"type": "quantize", "model": "support_merged", "scheme": "w4a16", "output_name": "support_w4"}
+
 BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -66,6 +68,7 @@ BODY: dict[str, Any] = {
                     "validate": {"summary": "Check a model", "value": {"type": "validate", "model": "support_merged"}},
                     "evaluate": {"summary": "Score a model beside its base", "value": _EVALUATE},
                     "export": {"summary": "Write a model as GGUF", "value": _EXPORT},
+                    "quantize": {"summary": "Fewer bits a weight, for vLLM", "value": _QUANTIZE},
                     "deploy": {
                         "summary": "Serve a model",
                         "value": {"type": "deploy", "model": "support_merged", "name": "support"},

@@ -7,7 +7,7 @@ from app.errors import BadRequest, Code
 from app.specs import DeploySpec, JobSpec
 
 Left = Literal["adapter", "model", "reward", "gguf"]
-_MODEL_MAKERS = ("merge", "import")
+_MODEL_MAKERS = ("merge", "import", "quantize")
 _NO_GGUF = "Name the model that it was made from; type import makes a model of a GGUF file again."
 
 

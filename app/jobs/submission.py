@@ -225,8 +225,8 @@ class Submission:
                 waits.append(found.job_id)
             elif found.folder and kind == "adapter":
                 check_adapter(found, path)
-            elif found.folder and spec.type == "export":
-                exporting.check(found.folder, path, value)
+            elif found.folder and spec.type in exporting.CHECKS and kind == "model":
+                exporting.CHECKS[spec.type](found.folder, path, value)
             elif found.folder and spec.type == "merge":
                 inspect.check_mergeable(found.folder, path, value)
             elif found.folder and kind == "reward":

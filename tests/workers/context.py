@@ -25,6 +25,7 @@ class RecordingContext:
         self.prepared_dir: Path | None = None
         self.resume_from: Path | None = None
         self.live_socket: Path | None = None
+        self.interpreters: dict[str, Path] = {}
         self.stop_after: int | None = None
         self.events: list[dict[str, Any]] = []
         self.phases: list[str] = []
@@ -52,6 +53,9 @@ class RecordingContext:
 
     def input_info(self, field: str) -> Mapping[str, Any]:
         return self._info.get(field, {})
+
+    def interpreter(self, name: str) -> Path:
+        return self.interpreters[name]
 
     def phase(self, name: str) -> None:
         self.phases.append(name)
