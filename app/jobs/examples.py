@@ -54,6 +54,14 @@ _EXPORT = {
     "output_name": "support_q8",
 }
 
+_PUSH = {
+    "type": "push_to_hub",
+    "model": "support_merged:v1",
+    "repo_id": "acme/support",
+    "private": True,
+    "commit_message": "The version that passed the review",
+}
+
 BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -66,6 +74,7 @@ BODY: dict[str, Any] = {
                     "validate": {"summary": "Check a model", "value": {"type": "validate", "model": "support_merged"}},
                     "evaluate": {"summary": "Score a model beside its base", "value": _EVALUATE},
                     "export": {"summary": "Write a model as GGUF", "value": _EXPORT},
+                    "push_to_hub": {"summary": "Put a model into a repository of the hub", "value": _PUSH},
                     "deploy": {
                         "summary": "Serve a model",
                         "value": {"type": "deploy", "model": "support_merged", "name": "support"},
