@@ -203,7 +203,8 @@ class Handler(BaseHTTPRequestHandler):
         everything = self.query.get("recursive") == ["true"] or self.query.get("recursive") == ["True"]
         folders = sorted({path.split("/")[0] for path in files if "/" in path})
         found = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders]
-        return found + [blob.entry(path) for path, blob in files.items() if everything or "/" not in path]
+        entries = [blob.entry(path) for path, blob in files.items() if everything or "/" not in path]
+        return found + [{**entry, "size": self.store.pretended.get(entry["path"], entry["size"])} for entry in entries]
 
     def _preupload(self, repo: Repo, there: dict[str, Blob]) -> Any:
         found = []
@@ -289,7 +290,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._bytes(blob.data, headers)
         self.send_response(302)
         linked = {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data)), "Content-Length": "0"}
-        for header, value in {**headers, **linked, "Location": f"{self.server.url}/cdn/{blob.sha256}"}.items():
+        for header, value in {**headers, **linked, "Location": f"{self.server.cdn}/{blob.sha256}"}.items():
             self.send_header(header, value)
         self.end_headers()
         return None
@@ -302,6 +303,8 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.store = Store()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        # By another name, because it is another machine: no token must go there.
+        self.cdn = f"http://localhost:{self.server_address[1]}/cdn"
 
 
 @contextmanager

@@ -101,6 +101,8 @@ class Store:
         self.large: dict[str, bytes] = {}
         self.parts: dict[tuple[str, int], bytes] = {}
         self.part_size: int | None = None
+        self.pretended: dict[str, int] = {}
+        """Sizes that the list of a repository has in place of the true ones, in bytes."""
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
