@@ -9,6 +9,7 @@ import hashlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
             self.store.requests.append((self.command, path, {k.lower(): v for k, v in self.headers.items()}))
         try:
             self._body = self._read(fault)
+            while fault is not None and fault.stall and fault in self.store.faults:
+                time.sleep(0.05)
             if fault is not None and fault.status is not None:
                 raise Refused(fault.status, "injected")
             self._account = self._who()

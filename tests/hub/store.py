@@ -90,6 +90,8 @@ class Fault:
     status: int | None = None
     drop_after: int | None = None
     lose_answer: bool = False
+    stall: bool = False
+    """Nothing comes until the faults are cleared."""
 
 
 class Store:
@@ -127,6 +129,10 @@ class Store:
     def lose_answer(self, method: str, path: str) -> None:
         """The next one is carried out, and whoever asked never hears of it."""
         self.faults.append(Fault(method, re.compile(path), 1, lose_answer=True))
+
+    def stall(self, method: str, path: str) -> None:
+        """The next one hangs until ``faults`` is cleared."""
+        self.faults.append(Fault(method, re.compile(path), 1, stall=True))
 
     # what tests ask
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app import disk
+from app import disk, states
 from app.catalog import RunContext
 from app.errors import Code, RunError
 from workers.loading import hub
@@ -206,6 +206,9 @@ def _told(missing: Mapping[str, Path], total: int, ctx: RunContext) -> Iterator[
 
     def watch() -> None:
         while not over.wait(_POLL):
+            if ctx.stop_requested():
+                # The library cannot be interrupted, and there is nothing to save: files that are whole stay.
+                os._exit(states.EXIT_CHECKPOINTED)
             done = sum(_size(path) for path in missing.values())
             left = (time.monotonic() - begun) / done * (total - done) if done else None
             ctx.progress(min(done, total), max(total, 1), eta_seconds=left)

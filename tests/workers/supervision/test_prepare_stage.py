@@ -247,6 +247,30 @@ def test_a_hub_that_breaks_off_is_asked_again_by_the_policy(
     assert work(house, "train").state == "succeeded"
 
 
+def test_a_pause_ends_a_download_at_once_and_keeps_what_is_whole(
+    fetch: Callable[..., Job], house: House, hub: HubServer, api: TestClient
+) -> None:
+    blobs = hub.store.repos[REPO].commits[hub.store.repos[REPO].branches["main"]]
+    large = [blobs[name] for name in FILES if blobs[name].large]
+    hub.store.stall("GET", f"/cdn/{large[1].sha256}")
+    job = fetch()
+    claimed = claim(house, "light")
+    assert claimed is not None
+    thread = threading.Thread(target=Supervision(house, claimed, "light-0").run)
+    thread.start()
+    wait_for(lambda: len(hub.store.asked("GET", "/cdn/")) == 2)
+    assert api.post(f"/jobs/{job.id}/pause").status_code == 202
+    thread.join(8)  # of the ten seconds that a run gets to save itself, which this one has no use for
+    assert not thread.is_alive()
+    paused = row(house, job.id)
+    assert (paused.state, paused.attempt, paused.exit_code) == ("queued", 0, 75)
+    hub.store.faults.clear()
+    hub.store.forget()
+    api.post(f"/jobs/{job.id}/resume")
+    assert work(house, "light").slot_class == "train"
+    assert hub.store.asked("GET", "/cdn/") == [f"/cdn/{large[1].sha256}"]
+
+
 def test_what_the_hub_forbids_is_final(fetch: Callable[..., Job], house: House, hub: HubServer) -> None:
     fetch()
     hub.store.repos[REPO].private = False
