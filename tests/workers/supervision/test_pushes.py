@@ -10,12 +10,15 @@ from fastapi.testclient import TestClient
 
 from app.discovery import discover
 from app.models import Artifact, Job
+from app.processes import processes_of_instance
 from app.settings import Settings
 from tests.hub.server import HubServer
 from tests.support import wait_for
 from tests.workers.conftest import TOKEN
 from tests.workers.supervision.conftest import Attempt, claim
+from workers.child import environment
 from workers.supervisor import House
+from workers.warm import Spares
 
 REPO = "acme/tiny"
 Submit = Callable[..., str]
@@ -140,6 +143,26 @@ def test_what_the_hub_forbids_is_not_tried_again(
     assert (job["status"], job["error"]["code"], job["error"]["param"]) == ("failed", "hub_refused", "repo_id")
     assert "HF_TOKEN" in job["error"]["hint"]
     assert b"hf_another" not in written(house)
+
+
+def test_a_warm_runner_is_told_the_token_when_it_is_taken(
+    hub: HubServer, submit: Submit, house: House, api: TestClient, artifact: str
+) -> None:
+    """A spare waits without it; what the environment of its start shows never changes."""
+    spares = Spares(house.settings.instance, environment(house.settings, None), 1)
+    object.__setattr__(house, "spares", spares)
+    spares.start()
+    try:
+        wait_for(lambda: spares.ready() == 1, 90)
+        (waiting,) = processes_of_instance(house.settings.instance)
+        assert TOKEN.encode() not in Path(f"/proc/{waiting}/environ").read_bytes()
+        job_id = submit()
+        (attempt,) = attempts(house, job_id)
+        assert attempt.row().state == "succeeded", attempt.row().error_detail
+    finally:
+        spares.stop()
+    assert hub.store.tokens() == {f"Bearer {TOKEN}"}
+    assert TOKEN.encode() not in written(house)
 
 
 def test_a_push_that_is_cancelled_ends_at_once(hub: HubServer, submit: Submit, house: House, api: TestClient) -> None:
