@@ -150,6 +150,10 @@ class Operation:
     spec: type[JobSpec]
     run: Callable[[Any, RunContext], None]
     slot: SlotClass = "light"
+    variables: tuple[str, ...] = ()
+    """Beginnings of environment variables of the worker that its runner gets beside those that all get: secrets."""
+    wants_card: bool = False
+    """Whether ``ctx.input_info`` of an artifact holds its model card: ``card``, Markdown."""
 
     @property
     def name(self) -> str:

@@ -37,6 +37,7 @@ class Code(StrEnum):
     MODEL_OUTSIDE_ROOTS = "model_outside_roots"
     MODEL_NOT_ALLOWED = "model_not_allowed"
     MODEL_UNREACHABLE = "model_unreachable"
+    HUB_REFUSED = "hub_refused"
     MODEL_INVALID = "model_invalid"
     TARGET_MODULES_NOT_FOUND = "target_modules_not_found"
     ADAPTER_INVALID = "adapter_invalid"
@@ -196,11 +197,23 @@ class InsufficientStorage(AppError):
 
 
 class RunError(Exception):
-    """A run that cannot succeed: raised by recipes, merges and operations, kept in the job's ``error``."""
+    """A run that cannot succeed: raised by recipes, merges and operations, kept in the job's ``error``.
 
-    def __init__(self, code: Code, message: str, *, hint: str | None = None, param: str | None = None) -> None:
+    ``transient``: another attempt may well succeed; the job's retry policy decides whether there is one.
+    """
+
+    def __init__(
+        self,
+        code: Code,
+        message: str,
+        *,
+        hint: str | None = None,
+        param: str | None = None,
+        transient: bool = False,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.hint = hint
         self.param = param
+        self.transient = transient

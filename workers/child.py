@@ -9,8 +9,10 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from app import crashpoints
+from app.catalog import Catalog
 from app.models import Job
 from app.processes import LIFE_FD, SILENCE, TOKEN, kill_ladder
 from app.settings import Settings
@@ -32,23 +34,35 @@ PASSED_ON = (
     "LD_LIBRARY_PATH",
     crashpoints.VARIABLE,
 )
+# What opens the hub: for those that fetch from it, and for operations that ask for it.
+HUB_TOKEN = ("HF_TOKEN",)
 _LOG_CAP = 256 << 20
 TICK_SECONDS = 0.5
 
 
 class Child:
-    """A process of an attempt: its life pipe, its log, its journal."""
+    """A process of an attempt: its life pipe, its log, its journal.
+
+    ``secrets`` are variables that it gets beside ``environment``.
+    """
 
     def __init__(
-        self, module: str, folder: Path, token: str, environment: Mapping[str, str], spare: Spare | None = None
+        self,
+        module: str,
+        folder: Path,
+        token: str,
+        environment: Mapping[str, str],
+        spare: Spare | None = None,
+        secrets: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.token = token
         self.tail = Tail(folder / EVENTS)
-        if spare is not None and hand_over(spare, folder, token, _differing(environment)):
+        secrets = secrets or {}
+        if spare is not None and hand_over(spare, folder, token, {**_differing(environment), **secrets}):
             self.process, self._life = spare.process, spare.life
         else:
-            self.process, self._life = self._spawn(module, environment)
+            self.process, self._life = self._spawn(module, {**environment, **secrets})
         self._closed = threading.Event()
         self._ticking = threading.Thread(target=self._tick, name="tick", daemon=True)
         self._ticking.start()
@@ -139,9 +153,26 @@ def environment(settings: Settings, gpu: str | None) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        # Plain HTTP: what breaks off goes on by Range, mirrors speak it, and nothing is hashed by a service of its own.
+        "HF_HUB_DISABLE_XET": "1",
+        # A token that lies about on this machine is sent by whoever was given it, and by nobody else.
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "DO_NOT_TRACK": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
     }
+
+
+def secrets_for(catalog: Catalog, job: Job, inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Variables of this process that the job's runner may see: those of its operation, and the hub's where it fetches.
+
+    A run whose inputs were made ready before fetches nothing, so a training process never holds the hub's token.
+    """
+    operation = catalog.operations.get(job.type)
+    prefixes = operation.variables if operation is not None else ()
+    fetches = job.next_class is not None or not catalog.prepares(job.type, job.algorithm)
+    if fetches and any(entry.get("hub") and not entry.get("path") for entry in inputs.values()):
+        prefixes += HUB_TOKEN
+    return {name: value for name, value in os.environ.items() if prefixes and name.startswith(prefixes)}
 
 
 def token_of(settings: Settings, job: Job, slot_id: str) -> str:

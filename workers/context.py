@@ -16,6 +16,7 @@ from app.errors import Code, RunError
 from app.storage import KEPT, Storage
 from workers.checkpoints import rotate
 from workers.journal import Journal, finite
+from workers.loading.staging import stage
 
 ATTEMPT = "attempt.json"
 RESULT = "result.json"
@@ -25,7 +26,6 @@ PREPARED = "prepared"
 FETCHED = "fetched.json"
 RANKS = "ranks"
 _PROGRESS_SECONDS = 0.5
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class JobContext:
         self._begun = time.monotonic()
         self._spent = float(attempt.get("run_seconds") or 0.0)
         self._memory_gb: float | None = attempt.get("memory_gb")
+        self._reserve = int(attempt.get("reserve_bytes") or 0)
         self.work_dir.mkdir(exist_ok=True)
         self.checkpoint_dir.mkdir(exist_ok=True)
 
@@ -123,33 +124,15 @@ class JobContext:
         )
 
     def _fetch(self, field: str, repo: str, revision: str | None) -> Path:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-
         self.phase("staging")
-        self.event("model_downloading", f"Fetching {repo} from the hub.", repo=repo, revision=revision)
-        try:
-            folder = snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS)
-        except GatedRepoError as error:
-            raise RunError(
-                Code.GATED_MODEL, f"{repo} is gated: {error}", param=field, hint="Accept its licence on the hub first."
-            ) from error
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise RunError(
-                Code.MODEL_UNREACHABLE,
-                f"{repo} cannot be fetched: {type(error).__name__}: {error}",
-                param=field,
-                hint="Check its name and the network, or put the model into a folder under TUNESMITH_MODEL_ROOTS.",
-            ) from error
-        commit = Path(folder).name if Path(folder).parent.name == "snapshots" else None
-        self.event("model_download_complete", f"{repo} is here.", repo=repo, commit=commit)
-        if commit and _holds(self._spec, field):
+        folder, commit, _ = stage(repo, revision, field, self, self._reserve)
+        if _holds(self._spec, field):
             self.resolved(field, f"hub:{repo}@{commit}")  # the branch may move; this run, and its repetition, do not
-        self._inputs[field] = {**self._inputs[field], "path": folder}
+        self._inputs[field] = {**self._inputs[field], "path": str(folder), "commit": commit}
         if self._preparing and self.prepared_dir is not None:
-            text = json.dumps({**self._fetched(), field: folder}, sort_keys=True)
+            text = json.dumps({**self._fetched(), field: str(folder)}, sort_keys=True)
             (self.prepared_dir / FETCHED).write_text(text)
-        return Path(folder)
+        return folder
 
     def _fetched(self) -> dict[str, str]:
         """Folders of hub models that were fetched while the inputs were made ready, by field."""

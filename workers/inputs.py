@@ -7,9 +7,10 @@ from typing import Any
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from app.artifacts import references
+from app.artifacts import card, references
 from app.catalog import Catalog
 from app.errors import AppError, Code, RunError
+from app.jobs import room
 from app.jobs.live import live_socket
 from app.models import Checkpoint, Job
 from app.settings import Settings
@@ -40,6 +41,9 @@ def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Jo
             continue
         found = _follow(session, settings, job.project_id, value, path)
         inputs[path] = _entry(found)
+        operation = catalog.operations.get(job.type)
+        if operation is not None and operation.wants_card and found.artifact is not None:
+            inputs[path]["card"] = card.card(session, job.project_id, found.artifact.id)
         root, between = _chain(session, settings, job.project_id, found, path)
         if root is not found:
             inputs[path]["under"] = [str(layer.folder) for layer in between]
@@ -54,6 +58,7 @@ def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Jo
         "gpus": job.gpus,
         "run_seconds": job.run_seconds,
         "memory_gb": job.memory_gb,
+        "reserve_bytes": room.reserve_bytes(settings),
         "spec": job.resolved_spec,
         "inputs": inputs,
         "packages": list(settings.packages),

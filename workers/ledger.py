@@ -32,6 +32,7 @@ from workers.told import diagnosed, is_step, patched, upsert_metrics
 Line = dict[str, Any]
 _LEVELS = ("info", "warn", "error")
 _STUCK = 2
+_LARGEST_STEP = 2**31 - 1
 """Attempts in a row without a step gained, after which more of them are waste."""
 _LONGEST_BACKOFF = 600.0
 
@@ -58,11 +59,17 @@ class Finished:
 
 
 class Crash(NamedTuple):
-    """A run that broke off: its status, a sentence, and a code where more is known than the status says."""
+    """A run that broke off: its status, a sentence, and what is known beyond that: a code, what to do, the field.
+
+    ``transient``: what it waits for is outside, so that not getting further is no sign of a loop.
+    """
 
     status: int
     reason: str
     code: Code | None = None
+    hint: str | None = None
+    param: str | None = None
+    transient: bool = False
 
 
 # The way out of RUNNING is worth waiting for: while nobody can write, nobody can reap either. A name and version that
@@ -346,9 +353,10 @@ class Ledger:
         step = int((job.progress or {}).get("step") or -1)
         further = step > job.reached_step or job.ckpt_step > job.prev_attempt_step
         stuck = 0 if further else job.stuck + 1
-        progress = {"reached_step": max(step, job.reached_step), "stuck": stuck}
+        # What counts in bytes goes beyond what the column holds.
+        progress = {"reached_step": min(max(step, job.reached_step), _LARGEST_STEP), "stuck": stuck}
         # Who asks for more attempts than the default gets more of these as well.
-        looping = stuck >= max(_STUCK, job.max_attempts - 1)
+        looping = not crash.transient and stuck >= max(_STUCK, job.max_attempts - 1)
         starving = crash.code is Code.HOST_OUT_OF_MEMORY and job.attempt > 1
         if again and not looping and not starving and not repository.attempts_spent(job):
             count = repository.next_count(job)
@@ -361,7 +369,7 @@ class Ledger:
 
 def _final(crash: Crash, job: Job, looping: bool, log_tail: str) -> RunError:
     """What a crash that is not tried again says."""
-    hint = f"The end of its log: {log_tail[-1500:]}" if log_tail else "Its log is empty."
+    hint = crash.hint or (f"The end of its log: {log_tail[-1500:]}" if log_tail else "Its log is empty.")
     code = crash.code or (Code.KILLED if crash.status < 0 else Code.CRASHED)
     if crash.code is Code.HOST_OUT_OF_MEMORY:
         hint = "Lower per_device_train_batch_size or training.max_length, use QLoRA, or run fewer jobs beside it."
@@ -369,4 +377,5 @@ def _final(crash: Crash, job: Job, looping: bool, log_tail: str) -> RunError:
     if looping and not spent and crash.code is None:
         code = Code.CRASH_LOOP
     where = f" It got no further than step {job.reached_step}." if looping and job.reached_step >= 0 else ""
-    return RunError(code, f"{crash.reason} {job.attempt} attempts were made.{where}", hint=hint)
+    made = f"{job.attempt} attempts were made." if job.attempt != 1 else "One attempt was made."
+    return RunError(code, f"{crash.reason} {made}{where}", hint=hint, param=crash.param)

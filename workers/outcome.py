@@ -73,7 +73,7 @@ class Outcome:
         if result is not None and result.get("status") == "ok":
             self._publish_or_fail(result, status)
         elif result is not None:
-            self._fail(_error_of(result), status, result)
+            self._fail(_error_of(result), status, result, log_tail)
         elif why == "wall_time":
             error = RunError(
                 Code.WALL_TIME_EXCEEDED,
@@ -106,16 +106,19 @@ class Outcome:
         again = self._retried is None or crash.status in self._retried
         self._ledger.crashed(crash, log_tail, again=again, backoff=self._backoff)
 
-    def _fail(self, error: RunError, status: int, left: dict[str, Any]) -> None:
+    def _fail(self, error: RunError, status: int, left: dict[str, Any], log_tail: str) -> None:
         rung = read_rung(left.get("adjust")) if error.code is Code.OUT_OF_MEMORY else None
         if error.code is Code.DISK_FULL:
-            self._hold_for_disk(status)
+            self._hold_for_disk(status, error.message)
+        elif error.transient:
+            sentence = error.message if error.message.endswith(".") else f"{error.message}."
+            self._crashed(Crash(status, sentence, error.code, error.hint, error.param, transient=True), log_tail)
         elif rung is not None:
             self._ledger.adjust(rung, status)
         else:
             self._ledger.fail(error, status, left.get("result"))
 
-    def _hold_for_disk(self, status: int) -> None:
+    def _hold_for_disk(self, status: int, why: str = "the disk is full") -> None:
         """First goes what nobody can use, so that this very hold can be written, and the log's beginning.
 
         The job was not content with what is free then, so it waits for more: bytes, or files that can be made.
@@ -128,7 +131,7 @@ class Outcome:
         facts = {"needed_bytes": max(2 * self._reserve, more), "free_bytes": free}
         if of_files:
             facts["needed_files"] = disk.free_files(root) + disk.FEW_FILES
-        message = "The disk is full; the job goes on when there is more room."
+        message = f"{why[:1].upper()}{why[1:]}; the job goes on when there is more room."
         self._ledger.hold("disk_full", message, delay=DISK_FULL_SECONDS, exit_code=status, **facts)
 
     def _let_go(self) -> None:
@@ -227,7 +230,13 @@ def _error_of(result: dict[str, Any]) -> RunError:
         code = Code(str(error.get("code")))
     except ValueError:
         code = Code.RUN_FAILED
-    return RunError(code, str(error.get("message", "the run failed")), hint=error.get("hint"), param=error.get("param"))
+    return RunError(
+        code,
+        str(error.get("message", "the run failed")),
+        hint=error.get("hint"),
+        param=error.get("param"),
+        transient=result.get("transient") is True,
+    )
 
 
 def _how_it_ended(status: int) -> str:

@@ -35,6 +35,8 @@ _EXITS = {
     Code.OUT_OF_MEMORY: states.EXIT_OUT_OF_MEMORY,
     Code.DISK_FULL: states.EXIT_DISK_FULL,
     Code.GATED_MODEL: states.EXIT_GATED,
+    Code.HUB_REFUSED: states.EXIT_GATED,
+    Code.MODEL_UNREACHABLE: states.EXIT_UNREACHABLE,
 }
 
 
@@ -119,9 +121,11 @@ def _as_run_error(error: Exception, folder: Path) -> RunError:
 def _failed(folder: Path, error: RunError, context: JobContext, rung: ladder.Rung | None = None) -> int:
     detail = {"code": error.code, "message": error.message, "hint": error.hint, "param": error.param}
     print(f"{error.code}: {error.message}", file=sys.stderr, flush=True)
-    if error.code not in (Code.DISK_FULL, Code.OUT_OF_MEMORY):
+    if error.code not in (Code.DISK_FULL, Code.OUT_OF_MEMORY) and not error.transient:
         context.drop_kept()
     left: dict[str, Any] = {"status": "error", "error": detail, "result": context.values}
+    if error.transient:
+        left["transient"] = True
     if rung is not None:
         left["adjust"] = rung._asdict()
     _write(folder, left)

@@ -26,7 +26,7 @@ from app.queue import AnyDoorbell
 from app.settings import Settings
 from app.storage import KEPT, Storage, write_private
 from workers.checkpoints import clear_scratch, unheard
-from workers.child import Child, environment, token_of
+from workers.child import Child, environment, secrets_for, token_of
 from workers.context import ATTEMPT, PREPARED
 from workers.inputs import attempt_file, attempt_spec, resume_point
 from workers.ledger import Flags, Ledger, Line
@@ -99,7 +99,8 @@ class Supervision:
             oom_kills = oom_kill_count()
             reached("spawn.before")
             several = self.job.gpus > 1 and self.job.slot_class in ON_A_GPU
-            child = self.spawn("workers.ranks" if several else RUNNER, attempt)
+            secrets = secrets_for(self.house.catalog, self.job, attempt["inputs"])
+            child = self.spawn("workers.ranks" if several else RUNNER, attempt, secrets)
             reached("spawn.after")
         except RunError as error:
             if error.code is Code.DISK_FULL:
@@ -171,7 +172,7 @@ class Supervision:
                 )
         return folder
 
-    def spawn(self, module: str, attempt: Mapping[str, Any]) -> Child:
+    def spawn(self, module: str, attempt: Mapping[str, Any], secrets: Mapping[str, str] | None = None) -> Child:
         """Writes ``attempt.json`` and starts the child. Raises RunError when the disk refuses."""
         token = token_of(self.house.settings, self.job, self.slot_id)
         spares = self.house.spares if module == RUNNER else None
@@ -179,7 +180,7 @@ class Supervision:
             self.folder.mkdir(mode=0o700, parents=True)
             write_private(self.folder / ATTEMPT, json.dumps(attempt).encode())
             spare = spares.take() if spares is not None else None
-            return Child(module, self.folder, token, environment(self.house.settings, self.gpu), spare)
+            return Child(module, self.folder, token, environment(self.house.settings, self.gpu), spare, secrets)
         except OSError as error:
             code = Code.DISK_FULL if disk.is_full(error) else Code.STORAGE_ERROR
             raise RunError(code, f"the attempt cannot be started: {error}") from error

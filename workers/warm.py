@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -164,7 +165,7 @@ def hand_over(spare: Spare, folder: Path, token: str, environment: Mapping[str, 
     ``environment`` is only what differs from what the spare was started with.
     """
     order = json.dumps({"folder": str(folder), "token": token, "environment": dict(environment)}).encode()
-    if len(token.encode()) <= _LONGEST_TOKEN:
+    if len(token.encode()) <= _LONGEST_TOKEN and len(order) < select.PIPE_BUF:
         with contextlib.suppress(OSError):
             os.write(spare.life, order + b"\n")  # below PIPE_BUF: whole or not at all
             spare.let_go()

@@ -43,7 +43,12 @@ def _front_matter(row: Artifact) -> str:
 def _origin(row: Artifact) -> str:
     if not row.base_chain:
         return ""
-    return "Made from " + ", then ".join(f"`{link}`" for link in row.base_chain) + "."
+    return "Made from " + ", then ".join(f"`{_link(link)}`" for link in row.base_chain) + "."
+
+
+def _link(link: str) -> str:
+    """A card is read elsewhere: of a folder of this machine its name is enough."""
+    return link.rstrip("/").rpartition("/")[2] if link.startswith(("/", ".", "~")) else link
 
 
 def _training(session: Session, job: Job) -> str:

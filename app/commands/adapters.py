@@ -81,6 +81,27 @@ def validate(
         submitted(client, client.submit(spec), True, json, _model_lines)
 
 
+def push(
+    artifact: Annotated[str, typer.Argument(help="artifact:<id>, or a registered name.")],
+    repository: Annotated[str, typer.Argument(help="org/name; it is made if it is not there.")],
+    revision: Annotated[str | None, typer.Option(help="A branch; default main.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may read it.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Puts an artifact into a repository of the hub, with the token of the worker's environment."""
+    with service_for(folders.readable([folders.as_path(artifact)])) as client:
+        spec = {
+            "model": folders.reference(client, artifact),
+            "repo_id": repository,
+            "private": not public,
+            "revision": revision,
+            "commit_message": message,
+        }
+        given = {name: value for name, value in spec.items() if value is not None}
+        submitted(client, client.submit({"type": "push_to_hub", **given}), True, json, _push_lines)
+
+
 def import_model(
     path: Annotated[Path, typer.Argument(exists=True, help="A Hugging Face folder, or a .gguf file.")],
     name: Annotated[str, typer.Option(help="Name in the registry.")],
@@ -129,6 +150,16 @@ def _update_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         bar = "█" * round(_BAR * layer["norm"] / most) if most else ""
         rows.append((f"  {name}", f"{layer['norm']:<10.4g}{bar}"))
     return rows
+
+
+def _push_lines(job: dict[str, Any]) -> None:
+    result = job["result"] or {}
+    if "commit_url" not in result:
+        return
+    sent = (
+        f"{len(result['uploaded'])} files, {result['uploaded_bytes']:,} bytes" if result["changed"] else "nothing new"
+    )
+    _rows(("commit", result["commit_url"]), ("sent", sent), ("private", "yes" if result["private"] else "no"))
 
 
 def _model_lines(job: dict[str, Any]) -> None:

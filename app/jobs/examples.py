@@ -55,6 +55,13 @@ _EXPORT = {
 }
 
 _QUANTIZE = {"type": "quantize", "model": "support_merged", "scheme": "w4a16", "output_name": "support_w4"}
+_PUSH = {
+    "type": "push_to_hub",
+    "model": "support_merged:v1",
+    "repo_id": "acme/support",
+    "private": True,
+    "commit_message": "The version that passed the review",
+}
 
 BODY: dict[str, Any] = {
     "requestBody": {
@@ -69,6 +76,7 @@ BODY: dict[str, Any] = {
                     "evaluate": {"summary": "Score a model beside its base", "value": _EVALUATE},
                     "export": {"summary": "Write a model as GGUF", "value": _EXPORT},
                     "quantize": {"summary": "Fewer bits a weight, for vLLM", "value": _QUANTIZE},
+                    "push_to_hub": {"summary": "Put a model into a repository of the hub", "value": _PUSH},
                     "deploy": {
                         "summary": "Serve a model",
                         "value": {"type": "deploy", "model": "support_merged", "name": "support"},

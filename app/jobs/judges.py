@@ -4,6 +4,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from app.artifacts import inspect, references
 from app.artifacts import repository as artifacts
 from app.errors import BadRequest, Code
 from app.models import Job
@@ -32,6 +33,24 @@ def check(session: Session, project_id: str, spec: TrainSpec, resolved: dict[str
     raise BadRequest(
         f"{spec.algorithm} needs a judge: {FIELD}, or graders", param=FIELD, code=Code.MISSING_FIELD, hint=hint
     )
+
+
+def check_reward(found: references.Resolved, path: str) -> None:
+    """A reward model ends in one number instead of a vocabulary."""
+    assert found.folder is not None
+    if inspect.looks_like_adapter(found.folder):
+        config = inspect.read_json(found.folder / "adapter_config.json", path)
+        judges = config.get("task_type") == "SEQ_CLS"
+    else:
+        names = inspect.read_json(found.folder / "config.json", path).get("architectures")
+        judges = isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
+    if not judges:
+        raise BadRequest(
+            f"{path}: this is no reward model",
+            param=path,
+            code=Code.WRONG_KIND,
+            hint="Train one first: type train, algorithm reward, on rows with chosen and rejected answers.",
+        )
 
 
 def _root(session: Session, project_id: str, reference: str) -> str | None:

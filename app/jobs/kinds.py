@@ -8,6 +8,7 @@ from app.specs import DeploySpec, JobSpec
 
 Left = Literal["adapter", "model", "reward", "gguf"]
 _MODEL_MAKERS = ("merge", "import", "quantize")
+_TAKES_ALL = "push_to_hub"
 _NO_GGUF = "Name the model that it was made from; type import makes a model of a GGUF file again."
 
 
@@ -28,11 +29,13 @@ def check(consumer: JobSpec, path: str, field_kind: str, source: str, left: Left
     Raises BadRequest wrong_kind.
     """
     if left is None:
-        if source_type in ("serve", "deploy", "validate", "check_adapter", "evaluate"):
+        if source_type in ("serve", "deploy", "validate", "check_adapter", "evaluate", "push_to_hub"):
             raise _refused(path, source, f"is a {source_type} job, which leaves no model", "Name the job that made it.")
         return  # a plug-in's job: known when it is done
     if left == "gguf" and not takes_gguf(consumer):
         raise _refused(path, source, "leaves a GGUF file", _NO_GGUF)
+    if consumer.type == _TAKES_ALL and field_kind == "model":
+        return
     if field_kind == "reward" and left != "reward":
         hint = "Name a train job with algorithm reward."
         raise _refused(path, source, f"leaves {_article(left)}, not a reward model", hint)
@@ -50,8 +53,8 @@ def check(consumer: JobSpec, path: str, field_kind: str, source: str, left: Left
 
 
 def takes_gguf(consumer: JobSpec) -> bool:
-    """Whether a model field may lead to a GGUF file: an import makes a model of it again."""
-    return consumer.type == "import"
+    """Whether a model field may lead to a GGUF file: an import makes a model of it again, a push takes it as it is."""
+    return consumer.type in ("import", _TAKES_ALL)
 
 
 def check_artifact(consumer: JobSpec, path: str, kind: str, reference: str) -> None:

@@ -22,7 +22,7 @@ from app.deployments import repository as deployments
 from app.errors import BadRequest, Code, Conflict, IdempotencyKeyReused, InsufficientStorage, NotFound
 from app.files import repository as files
 from app.files.rows import CHATS
-from app.jobs import continuing, estimate, exporting, judges, kinds, merging, repository
+from app.jobs import continuing, estimate, exporting, judges, kinds, merging, pushing, repository
 from app.jobs.intake import Intake, validate_spec
 from app.jobs.repository import Move
 from app.jobs.schemas import JobOut
@@ -220,6 +220,8 @@ class Submission:
                 self._check_deployable(found, path)
             if found.artifact is not None:
                 kinds.check_artifact(spec, path, found.artifact.kind, value)
+            if spec.type == "push_to_hub":
+                pushing.check(self._settings, spec, found, path, value)
             set_at(resolved, path, found.pinned)
             if found.job_id:
                 waits.append(found.job_id)
@@ -230,7 +232,7 @@ class Submission:
             elif found.folder and spec.type == "merge":
                 inspect.check_mergeable(found.folder, path, value)
             elif found.folder and kind == "reward":
-                check_reward(found, path)
+                judges.check_reward(found, path)
             elif found.folder and isinstance(spec, TrainSpec):
                 self._check_start(spec, found, path)
         if spec.type == "merge":
@@ -327,24 +329,6 @@ def check_template(folder: Path, path: str) -> None:
             param=path,
             code=Code.CONFLICTING_FIELDS,
             hint="Use an instruct model, add a chat_template.jinja to the model, or give prompt/completion rows.",
-        )
-
-
-def check_reward(found: references.Resolved, path: str) -> None:
-    """A reward model ends in one number instead of a vocabulary."""
-    assert found.folder is not None
-    if inspect.looks_like_adapter(found.folder):
-        config = inspect.read_json(found.folder / "adapter_config.json", path)
-        judges = config.get("task_type") == "SEQ_CLS"
-    else:
-        names = inspect.read_json(found.folder / "config.json", path).get("architectures")
-        judges = isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
-    if not judges:
-        raise BadRequest(
-            f"{path}: this is no reward model",
-            param=path,
-            code=Code.WRONG_KIND,
-            hint="Train one first: type train, algorithm reward, on rows with chosen and rejected answers.",
         )
 
 

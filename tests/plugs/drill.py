@@ -16,7 +16,9 @@ class DrillSpec(TrainSpec):
     """Counts the rows of its file beforehand, and reads the count in the run."""
 
     algorithm: Literal["drill"] = "drill"
-    mode: Literal["ok", "refuse", "hang", "crash", "large"] = Field("ok", description="What happens while it prepares.")
+    mode: Literal["ok", "refuse", "hang", "crash", "large", "fetch"] = Field(
+        "ok", description="What happens while it prepares."
+    )
     marker: str | None = Field(None, description="A file that it makes once it is under way.")
 
 
@@ -38,6 +40,9 @@ def prepare(spec: DrillSpec, ctx: RunContext) -> None:
         while not Path(f"{spec.marker}.go").exists():
             time.sleep(0.02)
         (ctx.prepared_dir / "large.bin").write_bytes(bytes(4 << 20))
+    if spec.mode == "fetch":
+        assert "HF_TOKEN" in os.environ
+        ctx.input("model.model_name_or_path")
     (ctx.prepared_dir / "rows.txt").write_text(str(len(ctx.input("dataset.file").read_text().splitlines())))
 
 
@@ -47,7 +52,7 @@ def run(spec: DrillSpec, ctx: RunContext) -> None:
     ctx.phase("training")
     rows = int((ctx.prepared_dir / "rows.txt").read_text())
     (ctx.output("model", name=spec.experiment_name) / "config.json").write_text("{}")
-    ctx.result(rows=rows)
+    ctx.result(rows=rows, base=str(ctx.input("model.model_name_or_path")), has_token="HF_TOKEN" in os.environ)
 
 
 recipe = Recipe(DrillSpec, run, prepare=prepare)

@@ -2,10 +2,14 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.hub.server import HubServer, running
+from tests.hub.store import Account
 
 # torch and transformers are imported where they are used: importing them takes each test process 10 s of CPU, and most
 # tests that are collected beside this file, the fault suite first, never touch them.
@@ -100,6 +104,34 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.loading.devices.os.sched_getaffinity", lambda _: {0})
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
+
+
+TOKEN = "hf_" + "canaryThatNobodyMaySee" * 2
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A stand-in for the hub with an empty cache, for this process and for those that it starts.
+
+    ``alice`` of ``acme`` may write; her token is in the environment.
+    """
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    home = tmp_path / "hf"
+    with running() as server:
+        server.store.accounts[TOKEN] = Account("alice", ("acme",))
+        for name, value in {"HF_TOKEN": TOKEN, "HF_ENDPOINT": server.url, "HF_HOME": str(home)}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN_PATH", raising=False)
+        # Read when the library was imported; a runner reads the environment.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -199,13 +199,14 @@ def test_a_card_says_what_it_is_made_of(api: TestClient, left: Left, models: Pat
     assert answer.text.startswith("---\nlibrary_name: peft\n")
     for said in (
         "# support",
-        str(models / "tiny"),
+        "Made from `tiny`, then",
         "| algorithm | sft |",
         "| r | 16 |",
         "1 rows",
         "| verdict | learnt |",
     ):
         assert said in answer.text
+    assert str(models) not in answer.text, "a card is read elsewhere"
     assert api.get("/artifacts/art-0/card").status_code == 404
 
 

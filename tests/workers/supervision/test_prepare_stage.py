@@ -18,7 +18,10 @@ from app.processes import kill_holders_of_slot
 from app.queue import SilentDoorbell
 from app.settings import Settings
 from app.storage import COMPLETE, Storage
+from tests.hub.server import HubServer
 from tests.support import train_spec, wait_for
+from tests.workers.conftest import TOKEN
+from tests.workers.test_hub_inputs import FILES, REPO
 from workers.supervisor import House, Supervision
 
 
@@ -175,3 +178,121 @@ def test_a_retry_makes_its_inputs_anew(submit: Callable[..., Job], house: House,
     work(house, "light")
     again = row(house, api.post(f"/jobs/{job.id}/retry").json()["id"])
     assert (again.slot_class, again.next_class, again.prepared_ref) == ("light", "train", None)
+
+
+# --- models of the hub ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fetch(api: TestClient, house: House, hub: HubServer, file_id: str) -> Callable[..., Job]:
+    """``fetch(**fields)``: a run whose base is on the hub, in a private repository."""
+    hub.store.add(REPO, FILES, private=True)
+
+    def fetch(**fields: Any) -> Job:
+        body = train_spec(REPO, file_id, algorithm="drill", mode="fetch", **fields)
+        answer = api.post("/jobs", json=body)
+        assert answer.status_code == 201, answer.text
+        return row(house, answer.json()["id"])
+
+    return fetch
+
+
+def test_a_base_of_the_hub_is_fetched_before_the_run_which_never_sees_the_token(
+    fetch: Callable[..., Job], house: House, hub: HubServer, api: TestClient, tmp_path: Path
+) -> None:
+    job = fetch()
+    commit = hub.store.repos[REPO].branches["main"]
+    prepared = work(house, "light")
+    assert (prepared.state, prepared.slot_class) == ("queued", "train"), prepared.error_detail
+    assert prepared.resolved_spec["model"]["model_name_or_path"] == f"hub:{REPO}@{commit}"
+    assert {"model_downloading", "model_download_complete", "inputs_ready"} <= set(codes(house, job.id))
+    assert prepared.progress is not None
+    size = sum(map(len, FILES.values()))
+    assert (prepared.progress["step"], prepared.progress["total_steps"]) == (size, size)
+
+    hub.store.forget()
+    done = work(house, "train")
+    assert (done.state, hub.store.requests) == ("succeeded", []), done.error_detail
+    assert done.result is not None
+    assert done.result["has_token"] is False
+    assert Path(done.result["base"]).parent.parent.parent == tmp_path / "hf" / "hub"
+    assert Path(done.result["base"]).name == commit
+
+    (artifact,) = api.get("/artifacts").json()["data"]
+    assert artifact["base_chain"] == [f"hub:{REPO}@{commit}", f"drill:{job.id}"]
+    nodes = api.get(f"/artifacts/{artifact['id']}/lineage").json()["nodes"]
+    assert {"repository": REPO, "commit": commit} in [node["facts"] for node in nodes if node["type"] == "base"]
+    kept = b"".join(path.read_bytes() for path in house.storage.root.rglob("*") if path.is_file())
+    assert TOKEN.encode() not in kept
+    assert FILES["model-00001-of-00002.safetensors"] not in kept, "used where it lies, not copied"
+
+    second = fetch()
+    hub.store.forget()
+    work(house, "light")
+    assert work(house, "train").state == "succeeded"
+    assert hub.store.asked("GET", "/(resolve|cdn)/") == []
+    assert "model_cached" in codes(house, second.id)
+
+
+def test_a_hub_that_breaks_off_is_asked_again_by_the_policy(
+    fetch: Callable[..., Job], house: House, hub: HubServer
+) -> None:
+    hub.store.fail("GET", "/cdn/", 500, times=1)
+    job = fetch()
+    first = work(house, "light")
+    assert (first.state, first.slot_class, first.attempt, first.exit_code) == ("queued", "light", 1, 68)
+    assert first.delay_seconds == 5
+    assert work(house, "light").slot_class == "train"
+    assert codes(house, job.id).count("model_unreachable") == 1
+    assert work(house, "train").state == "succeeded"
+
+
+def test_a_pause_ends_a_download_at_once_and_keeps_what_is_whole(
+    fetch: Callable[..., Job], house: House, hub: HubServer, api: TestClient
+) -> None:
+    blobs = hub.store.repos[REPO].commits[hub.store.repos[REPO].branches["main"]]
+    large = [blobs[name] for name in FILES if blobs[name].large]
+    hub.store.stall("GET", f"/cdn/{large[1].sha256}")
+    job = fetch()
+    claimed = claim(house, "light")
+    assert claimed is not None
+    thread = threading.Thread(target=Supervision(house, claimed, "light-0").run)
+    thread.start()
+    wait_for(lambda: len(hub.store.asked("GET", "/cdn/")) == 2)
+    assert api.post(f"/jobs/{job.id}/pause").status_code == 202
+    thread.join(8)  # of the ten seconds that a run gets to save itself, which this one has no use for
+    assert not thread.is_alive()
+    paused = row(house, job.id)
+    assert (paused.state, paused.attempt, paused.exit_code) == ("queued", 0, 75)
+    hub.store.faults.clear()
+    hub.store.forget()
+    api.post(f"/jobs/{job.id}/resume")
+    assert work(house, "light").slot_class == "train"
+    assert hub.store.asked("GET", "/cdn/") == [f"/cdn/{large[1].sha256}"]
+
+
+def test_what_the_hub_forbids_is_final(fetch: Callable[..., Job], house: House, hub: HubServer) -> None:
+    fetch()
+    hub.store.repos[REPO].private = False
+    hub.store.repos[REPO].gated = True
+    job = work(house, "light")
+    assert (job.state, job.error_code, job.exit_code) == ("failed", "gated_model", 77)
+    assert job.error_detail is not None
+    assert job.error_detail["param"] == "model.model_name_or_path"
+    assert "HF_TOKEN" in job.error_detail["hint"]
+
+
+def test_a_base_that_does_not_fit_on_the_disk_waits_for_room(
+    fetch: Callable[..., Job], house: House, hub: HubServer
+) -> None:
+    """A file of the hub that says that it is larger than any disk."""
+    job = fetch()
+    hub.store.pretended["model-00002-of-00002.safetensors"] = 1 << 60
+    held = work(house, "light")
+    assert (held.state, held.hold_reason, held.attempt) == ("queued", "disk_full", 0)
+    assert hub.store.asked("GET", "/(resolve|cdn)/") == []
+    with house.database.read() as session:
+        told = session.scalars(select(JobEvent.message).where(JobEvent.job_id == job.id)).all()
+    assert any("needs 1152921504.61 GB on the disk of HF_HOME" in message for message in told)
+    hub.store.pretended.clear()
+    assert work(house, "light").slot_class == "train"
