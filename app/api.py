@@ -22,8 +22,9 @@ from app.up import LISTEN_FD
 
 def application(settings: Settings) -> FastAPI:
     """The app with a real doorbell and its reconciler. Raises Unusable."""
-    doorbell = Doorbell(settings.broker_url or embedded_url(settings))
-    app = create_app(settings, doorbell)
+    broker_url = settings.broker_url or embedded_url(settings)
+    doorbell = Doorbell(broker_url)
+    app = create_app(settings, doorbell, broker_url)
     rooms = app.state.rooms
     require_head(rooms.database)
     inner = app.router.lifespan_context

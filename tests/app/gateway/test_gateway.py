@@ -3,153 +3,15 @@
 import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import httpx
 import openai  # noqa: TID253  (slow to import, which only matters in the service)
 import pytest
-import uvicorn
-from fastapi import FastAPI
 
-from app import http
-from app.deployments.service import Route
-from app.deps import Server
-from app.errors import Code, NotFound, Unavailable
-from app.gateway.proxy import ROUTE_SECONDS, EngineClient
-from app.gateway.router import find_route, router
-from app.projects.caller import Caller
-from app.settings import Settings
-
-FAKE_ENGINE = Path(__file__).parents[2] / "workers" / "fake_engine.py"
-HELLO: list[Any] = [{"role": "user", "content": "hi"}]
-
-
-class Engine:
-    """A fake engine that can be ended and started again on another socket."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._count = 0
-        self.start()
-
-    def start(self) -> None:
-        """Starts it and waits until it listens."""
-        self._count += 1
-        self.socket = str(self._folder / f"{self._count}.sock")
-        self.log = self._folder / f"{self._count}.log"
-        arguments = [self.socket, "moody", f"--log={self.log}", "--served=served-name"]
-        self._process = subprocess.Popen([sys.executable, str(FAKE_ENGINE), *arguments], stdout=subprocess.DEVNULL)
-        wait_for(Path(self.socket).exists)
-
-    def stop(self) -> None:
-        """Kills it, socket and all."""
-        self._process.kill()
-        self._process.wait()
-        Path(self.socket).unlink()
-
-    def pause(self) -> None:
-        """It holds its socket but answers nothing."""
-        self._process.send_signal(signal.SIGSTOP)
-
-    def requests(self) -> list[dict[str, Any]]:
-        """What it was asked."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
-
-
-class Gateway:
-    """A tiny application with the gateway in it, on a real port."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.looked_up: list[tuple[str, str]] = []
-        self.starting = False
-        self.clock = time.monotonic
-        app = FastAPI(lifespan=self._lifespan)
-        http.install(app)
-        app.add_middleware(http.Guard, settings=Settings())
-        app.include_router(router)
-        app.dependency_overrides[find_route] = lambda: self.find
-        app.dependency_overrides[get_args(Server)[1].dependency] = lambda: Caller("p1", "k1", frozenset({"serve"}))
-        config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1, ws="none")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run)
-        self._thread.start()
-        wait_for(lambda: self._server.started)
-        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
-
-    @contextlib.asynccontextmanager
-    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        app.state.engine_client = EngineClient(lambda: self.clock())
-        yield
-        await app.state.engine_client.close()
-
-    def find(self, model: str, project_id: str) -> Route:
-        """In place of the database."""
-        self.looked_up.append((model, project_id))
-        if self.starting:
-            raise Unavailable("starting", retry_after=5, code=Code.MODEL_NOT_READY)
-        if model not in ("served-name", "alias"):
-            raise NotFound(f"the model {model} is not being served", param="model", code=Code.MODEL_NOT_FOUND)
-        return Route(self.engine.socket, "served-name", "dep-1")
-
-    def close(self) -> None:
-        """Stops the server."""
-        self._server.should_exit = True
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-
-    def post(self, body: Any, path: str = "chat/completions") -> httpx.Response:
-        """A raw request."""
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx.post(f"{self.url}/v1/{path}", content=content, timeout=20)
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    # Not under tmp_path: a unix socket's path holds 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="ts-") as folder:
-        engine = Engine(Path(folder))
-        yield engine
-        with contextlib.suppress(FileNotFoundError):
-            engine.stop()
-
-
-@pytest.fixture
-def gateway(engine: Engine) -> Iterator[Gateway]:
-    gateway = Gateway(engine)
-    yield gateway
-    gateway.close()
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Gateway]:
-    """One for all requests that reach no engine."""
-    with tempfile.TemporaryDirectory(prefix="ts-") as folder:
-        gateway = Gateway(Engine(Path(folder)))
-        yield gateway
-        gateway.close()
-        gateway.engine.stop()
-
-
-@pytest.fixture
-def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=gateway.url + "/v1", api_key="k", max_retries=0, timeout=20) as client:
-        yield client
+from app.gateway.proxy import ROUTE_SECONDS
+from tests.app.gateway.doubles import HELLO, Gateway, wait_for
 
 
 def test_a_chat(client: openai.OpenAI, gateway: Gateway) -> None:
@@ -297,7 +159,7 @@ def test_what_has_no_effect_is_dropped_and_nulls_in_messages_stay(gateway: Gatew
     more = {"safety_identifier": "x", "prompt_cache_key": "y", "stop": None, "top_logprobs": None}
     body = {"model": "served-name", "messages": messages, "stream_options": {"include_obfuscation": False}}
     assert gateway.post({**body, **quiet, **more}).status_code == 200
-    expected = {"model": "served-name", "messages": messages, "stream_options": {}}
+    expected = {"model": "served-name", "messages": messages}
     assert gateway.engine.requests()[0]["body"] == expected
 
 
