@@ -130,7 +130,8 @@ class Gateway:
     def post(self, body: Any, path: str = "chat/completions") -> httpx.Response:
         """A raw request."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx.post(f"{self.url}/v1/{path}", content=content, timeout=20)
+        headers = {"content-type": "application/json"}
+        return httpx.post(f"{self.url}/v1/{path}", content=content, headers=headers, timeout=20)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
