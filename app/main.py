@@ -81,7 +81,8 @@ def create_app(
     http.install(app)
     app.add_middleware(http.Guard, settings=settings)
     native = (jobs, pipelines, sweeps, files, artifacts, aliases, deployments, fleet, capabilities, usage, keys)
-    for router in (*native, openai, gateway):
+    # Routers are tried in this order, and nobody is in such a hurry as those who chat.
+    for router in (gateway, openai, *native):
         app.include_router(router)
     _add_health(app)
     _add_schemas(app, rooms)

@@ -1,5 +1,6 @@
 """The way from a request to the engine that serves the model, over the engine's unix socket."""
 
+import asyncio
 import io
 import logging
 import time
@@ -37,9 +38,12 @@ class EngineClient:
         self._clock = clock
         self._sessions: dict[str, tuple[str, aiohttp.ClientSession]] = {}
         self._routes: dict[tuple[str, str], tuple[float, Route | Split]] = {}
+        self._looking: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def close(self) -> None:
         """Closes all connections."""
+        for task in list(self._looking.values()):
+            task.cancel()
         sessions, self._sessions = self._sessions, {}
         for _, session in sessions.values():
             await session.close()
@@ -127,13 +131,31 @@ class EngineClient:
         return found.routes_for(body.sender or request_id) if isinstance(found, Split) else (found,)
 
     async def _find(self, model: str, project_id: str, find: FindRoute) -> Route | Split:
-        known = self._routes.get((project_id, model))
-        if known and known[0] > self._clock():
-            return known[1]
+        """From what is remembered for a second; for another second that is used while one request looks again."""
+        key, now = (project_id, model), self._clock()
+        known = self._routes.get(key)
+        if known is None or now >= known[0] + ROUTE_SECONDS:
+            return await self._look(key, find)
+        if now >= known[0] and key not in self._looking:
+            self._looking[key] = asyncio.create_task(self._look_again(key, find))
+        return known[1]
+
+    async def _look_again(self, key: tuple[str, str], find: FindRoute) -> None:
+        try:
+            await self._look(key, find)
+        except Exception as error:
+            # Whoever asks next looks for himself, and is told.
+            log.info("a route is looked up anew: %s", type(error).__name__)
+            self._routes.pop(key, None)
+        finally:
+            del self._looking[key]
+
+    async def _look(self, key: tuple[str, str], find: FindRoute) -> Route | Split:
+        project_id, model = key
         found = await anyio.to_thread.run_sync(find, model, project_id)
         if len(self._routes) >= _MAX_ROUTES:
             self._routes.clear()
-        self._routes[project_id, model] = (self._clock() + ROUTE_SECONDS, found)
+        self._routes[key] = (self._clock() + ROUTE_SECONDS, found)
         return found
 
     def _forget(self, model: str, project_id: str) -> None:

@@ -212,7 +212,24 @@ def test_routes_are_looked_up_once_a_second(gateway: Gateway) -> None:
     assert gateway.looked_up == [("served-name", "p1")]
     gateway.clock = lambda: 100.0 + ROUTE_SECONDS
     gateway.post({"model": "served-name", "messages": HELLO})
-    assert len(gateway.looked_up) == 2
+    wait_for(lambda: len(gateway.looked_up) == 2)
+
+
+def test_a_route_that_is_long_past_is_not_used_any_more(gateway: Gateway) -> None:
+    gateway.clock = lambda: 100.0
+    gateway.post({"model": "served-name", "messages": HELLO})
+    gateway.clock = lambda: 100.0 + 2 * ROUTE_SECONDS
+    gateway.starting = True
+    assert gateway.post({"model": "served-name", "messages": HELLO}).status_code == 503
+
+
+def test_a_route_that_is_gone_is_used_once_more_at_most(gateway: Gateway) -> None:
+    gateway.clock = lambda: 100.0
+    gateway.post({"model": "served-name", "messages": HELLO})
+    gateway.clock = lambda: 100.0 + ROUTE_SECONDS
+    gateway.starting = True
+    assert gateway.post({"model": "served-name", "messages": HELLO}).status_code == 200
+    wait_for(lambda: gateway.post({"model": "served-name", "messages": HELLO}).status_code == 503)
 
 
 def test_only_two_routes_are_open(shared: Gateway) -> None:
