@@ -232,9 +232,10 @@ def test_a_route_that_is_gone_is_used_once_more_at_most(gateway: Gateway) -> Non
     wait_for(lambda: gateway.post({"model": "served-name", "messages": HELLO}).status_code == 503)
 
 
-def test_only_two_routes_are_open(shared: Gateway) -> None:
-    """None of the engine's others, which change it or tell of it."""
-    for path in ("/invocations", "/pause", "/v1/update_weights", "/metrics", "/v1/load_lora_adapter", "/tokenize"):
+def test_no_other_route_of_an_engine_is_open(shared: Gateway) -> None:
+    """Those that change it or tell of it."""
+    more = ("/v1/messages/count_tokens", "/v1/unload_lora_adapter", "/v1/responses/resp_1/cancel", "/update_weights")
+    for path in ("/invocations", "/pause", "/metrics", "/v1/load_lora_adapter", "/tokenize", *more):
         assert httpx.post(shared.url + path, json={}).status_code == 404
     assert shared.engine.requests() == []
 
@@ -265,6 +266,28 @@ def test_fifty_clients_at_once(gateway: Gateway) -> None:
         thread.join(20)
     assert done == [200] * 50
     wait_for(lambda: sum("aborted" in line for line in gateway.engine.requests()) == 25)
+
+
+@pytest.mark.long
+def test_a_thousand_clients_that_leave_in_the_middle(gateway: Gateway) -> None:
+    slow = {"model": "served-name", "messages": [{"role": "user", "content": "slow_stream"}], "stream": True}
+    gateway.post({"model": "served-name", "messages": HELLO})
+    before = _open_files()
+
+    def leave() -> None:
+        with httpx.Client(timeout=60) as client:
+            for _ in range(50):
+                with client.stream("POST", f"{gateway.url}/v1/chat/completions", json=slow) as response:
+                    next(response.iter_bytes())
+
+    threads = [threading.Thread(target=leave) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(200)
+    wait_for(lambda: sum("aborted" in line for line in gateway.engine.requests()) == 1000, 60)
+    assert len(gateway.counted) == 1001
+    assert _open_files() <= before + 3
 
 
 def test_open_files_do_not_grow(gateway: Gateway) -> None:
