@@ -268,7 +268,6 @@ def test_fifty_clients_at_once(gateway: Gateway) -> None:
     wait_for(lambda: sum("aborted" in line for line in gateway.engine.requests()) == 25)
 
 
-@pytest.mark.long
 def test_a_thousand_clients_that_leave_in_the_middle(gateway: Gateway) -> None:
     slow = {"model": "served-name", "messages": [{"role": "user", "content": "slow_stream"}], "stream": True}
     gateway.post({"model": "served-name", "messages": HELLO})
