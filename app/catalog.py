@@ -274,6 +274,8 @@ class EngineLaunch:
     dtype: str
     cpu_threads: int = 2
     chat_template: Path | None = None
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import typer
 
-from app.commands import adapters, data, demo, diagnose, fleet, jobs, models, processes, train
+from app.commands import adapters, data, demo, diagnose, fleet, jobs, keys, models, processes, train
 
 app = typer.Typer(
     name="tunesmith",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.add_typer(jobs.group, name="jobs")
 app.add_typer(data.group, name="files")
 app.add_typer(models.group, name="deployments")
+app.add_typer(keys.group, name="keys")
 app.command()(jobs.submit)
 app.command()(train.train)
 app.command()(adapters.merge)
@@ -30,6 +31,7 @@ app.command()(adapters.push)
 app.command()(models.deploy)
 app.command()(models.chat)
 app.command()(fleet.workers)
+app.command()(keys.usage)
 app.command()(processes.up)
 app.command()(processes.api)
 app.command()(processes.worker)

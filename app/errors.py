@@ -29,6 +29,7 @@ class Code(StrEnum):
     MISSING_API_KEY = "missing_api_key"
     INVALID_API_KEY = "invalid_api_key"
     MISSING_SCOPE = "missing_scope"
+    RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
     # data
     INVALID_FILE = "invalid_file"
     EMPTY_FILE = "empty_file"
@@ -52,6 +53,8 @@ class Code(StrEnum):
     DEPENDENCY_CYCLE = "dependency_cycle"
     WRONG_KIND = "wrong_kind"
     MODEL_NOT_READY = "model_not_ready"
+    TOOLS_NOT_SUPPORTED = "tools_not_supported"
+    ENDPOINT_NOT_SUPPORTED = "endpoint_not_supported"
     DISK_FULL = "disk_full"
     DATABASE_BUSY = "database_busy"
     DATABASE_DAMAGED = "database_damaged"
@@ -102,6 +105,8 @@ class AppError(Exception):
         self.param = param
         self.code = code or type(self).code
         self.hint = hint
+        self.headers: dict[str, str] = {}
+        """More headers of the answer."""
 
     def as_object(self) -> dict[str, dict[str, str | None]]:
         """The error object of the contract; ``hint`` only when there is one."""
@@ -164,6 +169,14 @@ class IdempotencyKeyReused(AppError):
 
     status = 422
     code = Code.IDEMPOTENCY_KEY_REUSED
+
+
+class TooManyRequests(AppError):
+    """429: more than the key may ask for; come back after ``retry_after`` seconds."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = Code.RATE_LIMIT_EXCEEDED
 
 
 class Unavailable(AppError):

@@ -133,7 +133,7 @@ def _too_large(cap: int) -> TooLarge:
 
 def answer(error: AppError) -> JSONResponse:
     """An error as a response, with the headers that tell clients whether to try again."""
-    headers: dict[str, str] = {}
+    headers = dict(error.headers)
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if error.status in _NO_RETRY:

@@ -13,21 +13,28 @@ from app.artifacts.router import router as artifacts
 from app.capabilities.router import router as capabilities
 from app.db import Database
 from app.deployments.router import router as deployments
+from app.deployments.tools import ToolTable
 from app.deps import Rooms, RoomsDep
 from app.discovery import discover
 from app.files.router import router as files
 from app.fleet.router import router as fleet
+from app.gateway.desk import Desk
+from app.gateway.limits import Limiter
 from app.gateway.proxy import EngineClient
 from app.gateway.router import router as gateway
 from app.jobs.router import router as jobs
 from app.jobs.stream import Tailer
 from app.openai.router import router as openai
 from app.pipelines.router import router as pipelines
+from app.projects.caller import KeyLimits
+from app.projects.router import router as keys
 from app.projects.service import KeyRing
 from app.queue import AnyDoorbell, SilentDoorbell
 from app.settings import Settings
 from app.storage import Storage
 from app.sweeps.router import router as sweeps
+from app.usage.meter import Meter
+from app.usage.router import router as usage
 
 DESCRIPTION = """\
 Fine-tune, merge, prove and serve language models on your own GPUs.
@@ -38,8 +45,10 @@ Errors are always `{"error": {"message", "type", "param", "code", "hint"}}`.
 """
 
 
-def create_app(settings: Settings | None = None, doorbell: AnyDoorbell | None = None) -> FastAPI:
-    """The application. Raises CatalogError when a plug file is broken."""
+def create_app(
+    settings: Settings | None = None, doorbell: AnyDoorbell | None = None, broker_url: str | None = None
+) -> FastAPI:
+    """The application; limits are counted at ``broker_url`` where that is a Redis. Raises CatalogError."""
     settings = settings or Settings()
     database = Database(settings.database)
     rooms = Rooms(
@@ -54,11 +63,15 @@ def create_app(settings: Settings | None = None, doorbell: AnyDoorbell | None = 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.tailer = Tailer(database)
-        app.state.engine_client = EngineClient()
-        yield
-        app.state.stopping = True
-        await app.state.tailer.close()
-        await app.state.engine_client.close()
+        app.state.desk = Desk(
+            EngineClient(ToolTable(database, settings).reads_tools),
+            Limiter(_limits(settings), broker_url),
+            Meter(database),
+        )
+        async with app.state.desk.open():
+            yield
+            app.state.stopping = True
+            await app.state.tailer.close()
         rooms.doorbell.close()
         database.close()
 
@@ -67,13 +80,18 @@ def create_app(settings: Settings | None = None, doorbell: AnyDoorbell | None = 
     app.state.stopping = False
     http.install(app)
     app.add_middleware(http.Guard, settings=settings)
-    plugged = (jobs, pipelines, sweeps, files, artifacts, aliases, deployments, fleet, capabilities, openai, gateway)
-    for router in plugged:
+    native = (jobs, pipelines, sweeps, files, artifacts, aliases, deployments, fleet, capabilities, usage, keys)
+    # Routers are tried in this order, and nobody is in such a hurry as those who chat.
+    for router in (gateway, openai, *native):
         app.include_router(router)
     _add_health(app)
     _add_schemas(app, rooms)
     apidocs.add(app, rooms)
     return app
+
+
+def _limits(settings: Settings) -> KeyLimits:
+    return KeyLimits(settings.key_requests_per_minute, settings.key_tokens_per_minute, settings.key_concurrent_requests)
 
 
 def _add_health(app: FastAPI) -> None:

@@ -81,6 +81,15 @@ class Settings(BaseSettings):
     preempt_after_seconds: float = Field(
         600.0, ge=0, description="A preemptible run is left alone for so long before another may take its slot."
     )
+    key_requests_per_minute: int | None = Field(
+        None, ge=1, description="Requests to models that a key may make a minute; default no limit."
+    )
+    key_tokens_per_minute: int | None = Field(
+        None, ge=1, description="Tokens, read and written, that a key may use a minute; default no limit."
+    )
+    key_concurrent_requests: int | None = Field(
+        None, ge=1, description="Requests to models that a key may have open at once; default no limit."
+    )
     plugin_packages: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="More packages with recipes, merges, operations or engines, separated by commas."
     )

@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app.artifacts.inspect import read_json
+from app import parsers
+from app.artifacts.inspect import read_json, template_of
 from app.catalog import EngineLaunch
 from app.deployments import repository
 from app.errors import AppError, Code, RunError
@@ -73,6 +74,7 @@ class ReplicaSupervision(Supervision):
                 param="model",
             )
         self._check_folder(found.folder, found.artifact.id if found.artifact else None)
+        parsed = parsers.for_template(template_of(found.folder))
         return EngineLaunch(
             python=python,
             model_dir=found.folder,
@@ -82,6 +84,8 @@ class ReplicaSupervision(Supervision):
             has_gpu=self.gpu is not None,
             dtype=_dtype(spec.dtype, has_gpu=self.gpu is not None),
             cpu_threads=len(os.sched_getaffinity(0)),
+            tool_call_parser=parsed.tool,
+            reasoning_parser=parsed.reasoning,
         )
 
     def _check_folder(self, folder: Path, artifact_id: str | None) -> None:

@@ -53,10 +53,13 @@ def point(session: Session, alias: Alias | None, move: AliasMove) -> None:
                 project_id=move.project_id,
                 name=move.name,
                 artifact_id=move.artifact_id,
+                canary_artifact_id=move.canary_artifact_id,
+                canary_percent=move.canary_percent,
                 created_by=move.created_by,
                 moved_at=move.created_at,
             )
         )
     else:
         alias.artifact_id, alias.moved_at = move.artifact_id, move.created_at
+        alias.canary_artifact_id, alias.canary_percent = move.canary_artifact_id, move.canary_percent
     session.flush()

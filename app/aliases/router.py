@@ -30,7 +30,10 @@ def get_alias(name: AliasName, caller: Reader, rooms: RoomsDep) -> AliasOut:
 
 @router.put("/{name}", summary="Point an alias")
 def put_alias(name: AliasName, body: AliasPut, caller: Submitter, rooms: RoomsDep) -> AliasOut:
-    """Makes it if it is new. Specs may say the alias wherever a model is named, also as `name@alias`."""
+    """Makes it if it is new; requests to models follow within a second, and none fails.
+
+    Specs may say the alias wherever a model is named, also as `name@alias`.
+    """
     with rooms.database.write() as session:
         return service.put(session, rooms.settings, caller, name, body)
 
@@ -44,7 +47,7 @@ def roll_back(
         AliasBack | None, Body(openapi_examples={"why": {"value": {"note": "it answers in French"}}})
     ] = None,
 ) -> AliasOut:
-    """Once more goes back further. Artifacts that were deleted meanwhile are skipped."""
+    """Ends a canary first. Once more goes back further. Artifacts that were deleted meanwhile are skipped."""
     with rooms.database.write() as session:
         return service.roll_back(session, caller, name, body.note if body else None)
 

@@ -1,10 +1,12 @@
 """What can be done with aliases: point them, look at where they pointed, go back."""
 
+from collections.abc import Mapping
+
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.aliases import repository
-from app.aliases.schemas import AliasOut, AliasPut, MoveOut
+from app.aliases.schemas import AliasOut, AliasPut, CanaryOut, MoveOut
 from app.artifacts import references
 from app.artifacts import repository as artifacts
 from app.errors import BadRequest, Code, Conflict, NotFound
@@ -16,28 +18,32 @@ from app.settings import Settings
 def listing(session: Session, project_id: str) -> list[AliasOut]:
     """All of the project, by name."""
     rows = repository.every(session, project_id)
-    targets = artifacts.by_ids(session, [row.artifact_id for row in rows])
-    return [_shown(row, targets[row.artifact_id]) for row in rows]
+    ids = [artifact_id for row in rows for artifact_id in (row.artifact_id, row.canary_artifact_id) if artifact_id]
+    targets = artifacts.by_ids(session, ids)
+    return [_shown(row, targets) for row in rows]
 
 
 def show(session: Session, project_id: str, name: str) -> AliasOut:
     """One, with its history. Raises NotFound."""
     row = _existing(session, project_id, name)
-    target = artifacts.by_ids(session, [row.artifact_id])[row.artifact_id]
+    targets = artifacts.by_ids(session, [one for one in (row.artifact_id, row.canary_artifact_id) if one])
     history = [MoveOut.of(move) for move in repository.moves(session, project_id, name)]
-    return _shown(row, target, history)
+    return _shown(row, targets, history)
 
 
 def put(session: Session, settings: Settings, caller: Caller, name: str, body: AliasPut) -> AliasOut:
     """Points an alias to an artifact, and makes it if it is new. Raises NotFound, BadRequest, Conflict."""
-    found = references.resolve(session, settings, caller.project_id, body.artifact, param="artifact")
-    if found.artifact is None:
-        raise BadRequest(
-            f"artifact: {body.artifact} is no artifact of this service",
-            param="artifact",
-            code=Code.MODEL_NOT_FOUND,
-            hint="GET /artifacts lists what an alias can point to; import a model first.",
-        )
+    target = _artifact(session, settings, caller, body.artifact, "artifact")
+    canary = None
+    if body.canary is not None:
+        canary = (_artifact(session, settings, caller, body.canary.artifact, "canary.artifact"), body.canary.percent)
+        if canary[0].id == target.id:
+            raise BadRequest(
+                "canary.artifact: it is where the alias points anyway",
+                param="canary.artifact",
+                code=Code.CONFLICTING_FIELDS,
+                hint="Name another artifact, or leave canary out.",
+            )
     if artifacts.by_name(session, caller.project_id, name, None) is not None:
         raise Conflict(
             f"artifacts are called {name}; an alias of that name would hide them",
@@ -53,17 +59,35 @@ def put(session: Session, settings: Settings, caller: Caller, name: str, body: A
             param="expected",
             hint=f"Look at GET /aliases/{name} and decide again.",
         )
-    if row is None or row.artifact_id != found.artifact.id:
-        _move(session, caller, name, row, found.artifact, body.note)
+    wanted = (target.id, canary[0].id if canary else None, canary[1] if canary else None)
+    if row is None or (row.artifact_id, row.canary_artifact_id, row.canary_percent) != wanted:
+        _move(session, caller, name, row, target, body.note, canary=canary)
     return show(session, caller.project_id, name)
 
 
+def _artifact(session: Session, settings: Settings, caller: Caller, reference: str, param: str) -> Artifact:
+    found = references.resolve(session, settings, caller.project_id, reference, param=param)
+    if found.artifact is None:
+        raise BadRequest(
+            f"{param}: {reference} is no artifact of this service",
+            param=param,
+            code=Code.MODEL_NOT_FOUND,
+            hint="GET /artifacts lists what an alias can point to; import a model first.",
+        )
+    return found.artifact
+
+
 def roll_back(session: Session, caller: Caller, name: str, note: str | None) -> AliasOut:
-    """Points an alias to where it pointed before its last move. Raises NotFound, and Conflict if there is nothing.
+    """Ends its canary; without one, points it to where it pointed before. Raises NotFound, and Conflict if there is
+    nothing.
 
     Going back twice goes on to what was before that, not forth again.
     """
     row = _existing(session, caller.project_id, name)
+    if row.canary_artifact_id is not None:
+        stays = artifacts.get(session, caller.project_id, row.artifact_id)
+        _move(session, caller, name, row, stays, note, goes_back=True)
+        return show(session, caller.project_id, name)
     for artifact_id in _earlier(session, caller.project_id, name):
         before = artifacts.get(session, caller.project_id, artifact_id)
         if before is not None and before.id != row.artifact_id:  # None: deleted since
@@ -86,7 +110,7 @@ def _earlier(session: Session, project_id: str, name: str) -> list[str]:
         elif move.goes_back:
             while stack and stack[-1] != move.artifact_id:
                 stack.pop()
-        else:
+        elif not stack or stack[-1] != move.artifact_id:  # else only its canary changed
             stack.append(move.artifact_id)
     return stack[-2::-1]
 
@@ -105,6 +129,7 @@ def _move(
     note: str | None,
     *,
     goes_back: bool = False,
+    canary: tuple[Artifact, float] | None = None,
 ) -> None:
     last = next(iter(repository.moves(session, caller.project_id, name)), None)
     move = AliasMove(
@@ -112,7 +137,10 @@ def _move(
         name=name,
         seq=last.seq + 1 if last else 1,
         artifact_id=to.id if to else None,
-        version=f"{to.name}:v{to.version}" if to else None,
+        version=_version(to) if to else None,
+        canary_artifact_id=canary[0].id if canary else None,
+        canary_version=_version(canary[0]) if canary else None,
+        canary_percent=canary[1] if canary else None,
         goes_back=goes_back,
         created_at=now(),
         created_by=caller.key_id,
@@ -134,11 +162,23 @@ def _existing(session: Session, project_id: str, name: str) -> Alias:
     return row
 
 
-def _shown(row: Alias, target: Artifact, history: list[MoveOut] | None = None) -> AliasOut:
+def _shown(row: Alias, targets: Mapping[str, Artifact], history: list[MoveOut] | None = None) -> AliasOut:
+    canary = None
+    if row.canary_artifact_id is not None:
+        canary = CanaryOut(
+            artifact_id=row.canary_artifact_id,
+            version=_version(targets[row.canary_artifact_id]),
+            percent=row.canary_percent or 0,
+        )
     return AliasOut(
         name=row.name,
         artifact_id=row.artifact_id,
-        version=f"{target.name}:v{target.version}",
+        version=_version(targets[row.artifact_id]),
+        canary=canary,
         moved_at=row.moved_at,
         history=history or [],
     )
+
+
+def _version(artifact: Artifact) -> str:
+    return f"{artifact.name}:v{artifact.version}"

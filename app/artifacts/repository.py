@@ -83,7 +83,8 @@ def users(session: Session, artifact: Artifact) -> list[str]:
             )
         )
     ]
-    found += [f"alias {row}" for row in session.scalars(select(Alias.name).where(Alias.artifact_id == artifact.id))]
+    pointing = or_(Alias.artifact_id == artifact.id, Alias.canary_artifact_id == artifact.id)
+    found += [f"alias {row}" for row in session.scalars(select(Alias.name).where(pointing))]
     found += [
         f"{row.kind} {row.name}:v{row.version} ({row.id}), which was trained on it"
         for row in session.scalars(

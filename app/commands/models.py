@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.client import Client
 from app.commands import folders
 from app.commands.show import as_json, finished, follow, out, service, table
 
@@ -62,9 +63,13 @@ def chat(
         str | None, typer.Option("--prompt", "-p", help="One question instead of a conversation.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    vs: Annotated[list[str] | None, typer.Option(help="Another model, beside it; may be given again.")] = None,
     max_tokens: int = 512,
 ) -> None:
     """Talks to a deployment through the OpenAI API."""
+    if vs:
+        _side_by_side([model, *vs], prompt, system, max_tokens)
+        return
     from openai import OpenAI, OpenAIError
 
     with service() as found:
@@ -91,3 +96,44 @@ def chat(
         messages.append({"role": "assistant", "content": answer})
         if prompt is not None:
             return
+
+
+def _side_by_side(models: list[str], prompt: str | None, system: str | None, max_tokens: int) -> None:
+    """Each model goes on with its own answers; the user says the same to all."""
+    start = [{"role": "system", "content": system}] if system else []
+    talks: list[list[dict[str, Any]]] = [list(start) for _ in models]
+    failed = False
+    with service() as client:
+        while True:
+            try:
+                text = prompt if prompt is not None else input("> ")
+            except (EOFError, KeyboardInterrupt):
+                return
+            for talk in talks:
+                talk.append({"role": "user", "content": text})
+            answers = _compared(client, models, talks, max_tokens)
+            for entry, talk in zip(answers, talks, strict=True):
+                error = entry["error"]
+                failed = failed or error is not None
+                seconds = f"{entry['latency_ms'] / 1000:.1f} s"
+                out.print(f"{entry['model']} ({seconds})", markup=False, style="bold")
+                said = f"error: {error['message']}" if error else entry["content"] or ""
+                out.print(said + "\n", markup=False, style="red" if error else None)
+                talk.append({"role": "assistant", "content": entry["content"] or ""})
+            if prompt is not None:
+                raise typer.Exit(int(failed))
+
+
+def _compared(
+    client: Client, models: list[str], talks: list[list[dict[str, Any]]], max_tokens: int
+) -> list[dict[str, Any]]:
+    """In one request while all have said the same, which is so at the beginning; else one for each."""
+    sampling = {"max_tokens": max_tokens}
+    if all(talk == talks[0] for talk in talks):
+        body = {"models": models, "messages": talks[0], "sampling": sampling}
+        return list(client.call("POST", "/compare", json=body, timeout=600)["data"])
+    found = []
+    for model, talk in zip(models, talks, strict=True):
+        body = {"models": [model], "messages": talk, "sampling": sampling}
+        found += client.call("POST", "/compare", json=body, timeout=600)["data"]
+    return found

@@ -33,6 +33,19 @@ def live(session: Session, project_id: str) -> Sequence[Deployment]:
     ).all()
 
 
+def serving(session: Session, project_id: str, artifact_id: str) -> Sequence[str]:
+    """Names under which an artifact is served or about to be; the newest first."""
+    return session.scalars(
+        select(Deployment.name)
+        .where(
+            Deployment.project_id == project_id,
+            Deployment.artifact_id == artifact_id,
+            Deployment.status.in_(DEPLOYMENT_LIVE),
+        )
+        .order_by(Deployment.created_at.desc())
+    ).all()
+
+
 def page(session: Session, project_id: str, limit: int, after: Deployment | None) -> Sequence[Deployment]:
     """Newest first, ``limit + 1`` rows at most."""
     query = select(Deployment).where(Deployment.project_id == project_id)

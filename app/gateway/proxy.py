@@ -1,31 +1,31 @@
-"""The way from a completion request to the engine that serves the model, over the engine's unix socket."""
+"""The way from a request to the engine that serves the model, over the engine's unix socket."""
 
 import asyncio
-import contextlib
 import io
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
 
 import aiohttp
 import anyio
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
+from app.aliases.traffic import Split
 from app.deployments.service import Route
-from app.errors import AppError, BadGateway, BadRequest, Code, Unavailable
-from app.gateway.schemas import Sampling
+from app.errors import BadRequest, Code
+from app.gateway import refusals
+from app.gateway.requests import EngineRequest
+from app.gateway.tally import Tally
+from app.gateway.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
-FindRoute = Callable[[str, str], Route]
-Result = TypeVar("Result")
+FindRoute = Callable[[str, str], Route | Split]
+"""``(model, project_id)`` to where it is served. Raises NotFound and Unavailable."""
+ReadsTools = Callable[[str], bool]
+"""Whether a deployment's engine can read calls of tools; by the deployment's id."""
 
 ROUTE_SECONDS = 1.0
 _MAX_ROUTES = 1024
-_DONE = b"data: [DONE]"
 # Below uvicorn's 5 s, so that a connection is never used at the moment when the engine closes it.
 _KEEP_ALIVE = 2.0
 
@@ -33,44 +33,75 @@ _KEEP_ALIVE = 2.0
 class EngineClient:
     """Connections to the engines, and where they are. One per application; ``close`` it at the end."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, reads_tools: ReadsTools = lambda _: True, clock: Callable[[], float] = time.monotonic) -> None:
+        self._reads_tools = reads_tools
         self._clock = clock
         self._sessions: dict[str, tuple[str, aiohttp.ClientSession]] = {}
-        self._routes: dict[tuple[str, str], tuple[float, Route]] = {}
+        self._routes: dict[tuple[str, str], tuple[float, Route | Split]] = {}
+        self._looking: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def close(self) -> None:
         """Closes all connections."""
+        for task in list(self._looking.values()):
+            task.cancel()
         sessions, self._sessions = self._sessions, {}
         for _, session in sessions.values():
             await session.close()
 
-    async def post(self, path: str, body: Sampling, project_id: str, find: FindRoute) -> "Upstream":
+    async def post(
+        self, path: str, body: EngineRequest, project_id: str, find: FindRoute, tally: Tally, request_id: str
+    ) -> Upstream:
         """Sends the request to its engine; the answer's body is still to be read.
 
         Raises what ``find`` raises, BadRequest for what the engine refuses, BadGateway and Unavailable for the rest.
         """
         for last in (False, True):
-            route = await self._route(body.model, project_id, find)
-            try:
-                response = await self._send(path, body, route)
-                break
-            except aiohttp.ClientConnectorError as error:
-                # Nothing was sent. The engine may have been started anew since the route was learned.
-                self._forget(body.model, project_id)
-                if last:
-                    raise _asleep(body.model) from error
-            except (aiohttp.ClientError, OSError) as error:
-                self._forget(body.model, project_id)
-                raise _broken(body.model, error) from error
+            for route in await self._candidates(body, project_id, find, request_id):
+                if body.has_tools:
+                    await self._require_tools(route, body.model)
+                tally.model = route.served_name
+                try:
+                    response = await self._send(path, body, route, request_id)
+                    return await self._answered(response, path, body, project_id, route, tally)
+                except aiohttp.ClientConnectorError as error:
+                    # Nothing was sent: another target of the alias may take it.
+                    unreachable = error
+                except (aiohttp.ClientError, OSError) as error:
+                    self._forget(body.model, project_id)
+                    raise refusals.broken(body.model, error) from error
+            # The engine may have been started anew since the route was learned.
+            self._forget(body.model, project_id)
+            if last:
+                raise refusals.asleep(body.model) from unreachable
+        raise AssertionError("unreachable")
+
+    async def _answered(
+        self,
+        response: aiohttp.ClientResponse,
+        path: str,
+        body: EngineRequest,
+        project_id: str,
+        route: Route,
+        tally: Tally,
+    ) -> Upstream:
         if response.status != 200:
             if response.status == 404:
                 self._forget(body.model, project_id)
-            raise await _refusal(response, body.model)
-        return Upstream(response, body.model if body.model != route.served_name else None)
+            raise await refusals.refusal(response, path, body.model)
+        return Upstream(response, body, route.served_name, tally)
 
-    async def _send(self, path: str, body: Sampling, route: Route) -> aiohttp.ClientResponse:
+    async def _require_tools(self, route: Route, model: str) -> None:
+        if not await anyio.to_thread.run_sync(self._reads_tools, route.deployment_id):
+            raise BadRequest(
+                f"{model[:128]} is not known to call tools: its chat template is of no family whose calls can be read",
+                param="tools",
+                code=Code.TOOLS_NOT_SUPPORTED,
+                hint="Leave tools out, or ask for JSON with response_format.",
+            )
+
+    async def _send(self, path: str, body: EngineRequest, route: Route, request_id: str) -> aiohttp.ClientResponse:
         session = await self._session(route)
-        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        headers = {"content-type": "application/json", "accept-encoding": "identity", "x-request-id": request_id}
         # A file, because aiohttp would write bytes in one go and block the others meanwhile.
         data = io.BytesIO(body.body_for(route.served_name))
         return await session.post(f"http://engine{path}", data=data, headers=headers)
@@ -92,161 +123,40 @@ class EngineClient:
             await known[1].close()
         return session
 
-    async def _route(self, model: str, project_id: str, find: FindRoute) -> Route:
-        known = self._routes.get((project_id, model))
-        if known and known[0] > self._clock():
-            return known[1]
-        route = await anyio.to_thread.run_sync(find, model, project_id)
+    async def _candidates(
+        self, body: EngineRequest, project_id: str, find: FindRoute, request_id: str
+    ) -> Sequence[Route]:
+        """Where the request goes, and where else if nobody listens there."""
+        found = await self._find(body.model, project_id, find)
+        return found.routes_for(body.sender or request_id) if isinstance(found, Split) else (found,)
+
+    async def _find(self, model: str, project_id: str, find: FindRoute) -> Route | Split:
+        """From what is remembered for a second; for another second that is used while one request looks again."""
+        key, now = (project_id, model), self._clock()
+        known = self._routes.get(key)
+        if known is None or now >= known[0] + ROUTE_SECONDS:
+            return await self._look(key, find)
+        if now >= known[0] and key not in self._looking:
+            self._looking[key] = asyncio.create_task(self._look_again(key, find))
+        return known[1]
+
+    async def _look_again(self, key: tuple[str, str], find: FindRoute) -> None:
+        try:
+            await self._look(key, find)
+        except Exception as error:
+            # Whoever asks next looks for himself, and is told.
+            log.info("a route is looked up anew: %s", type(error).__name__)
+            self._routes.pop(key, None)
+        finally:
+            del self._looking[key]
+
+    async def _look(self, key: tuple[str, str], find: FindRoute) -> Route | Split:
+        project_id, model = key
+        found = await anyio.to_thread.run_sync(find, model, project_id)
         if len(self._routes) >= _MAX_ROUTES:
             self._routes.clear()
-        self._routes[project_id, model] = (self._clock() + ROUTE_SECONDS, route)
-        return route
+        self._routes[key] = (self._clock() + ROUTE_SECONDS, found)
+        return found
 
     def _forget(self, model: str, project_id: str) -> None:
         self._routes.pop((project_id, model), None)
-
-
-class Upstream:
-    """An engine's answer with status 200; ``rename`` is the model name to put into it, None to leave it as it is."""
-
-    def __init__(self, response: aiohttp.ClientResponse, rename: str | None) -> None:
-        self._response = response
-        self._rename = rename
-
-    def abort(self) -> None:
-        """Hangs up; the engine stops computing. Without effect once everything has been read."""
-        self._response.close()
-
-    async def json(self) -> bytes:
-        """The whole answer. Raises BadGateway when it breaks off."""
-        try:
-            body = await self._response.read()
-            return body if self._rename is None else _renamed(body, self._rename)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise _broken(self._rename or "this model", error) from error
-        finally:
-            self.abort()
-
-    async def events(self) -> AsyncIterator[bytes]:
-        """The server-sent events, whole ones only; ends with an error event when the engine breaks off."""
-        rest, last = b"", b""
-        try:
-            async for data in self._response.content.iter_any():
-                *events, rest = (rest + data).split(b"\n\n")
-                if events:
-                    last = events[-1]
-                    yield b"".join(self._event(event) + b"\n\n" for event in events)
-        except (aiohttp.ClientError, OSError) as error:
-            log.warning("an engine broke off its stream: %r", error)
-        if last.strip() != _DONE:
-            problem = BadGateway("the model's engine ended in the middle of the answer", hint="Try again.")
-            yield b"data: " + json.dumps(problem.as_object()).encode() + b"\n\n"
-
-    def _event(self, event: bytes) -> bytes:
-        if event.startswith(b'data: {"error"'):
-            return _error_event(event)
-        if self._rename is None or not event.startswith(b"data: {"):
-            return event
-        with contextlib.suppress(ValueError):
-            return b"data: " + _renamed(event[6:], self._rename)
-        return event
-
-
-class EventStream(Response):
-    """Passes events on as they come; a client that leaves ends the engine's work at once, also between two events."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, upstream: Upstream) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self._upstream = upstream
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI response."""
-        try:
-            await until_gone(receive, self._pump(send))
-        finally:
-            self._upstream.abort()
-
-    async def _pump(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for events in self._upstream.events():
-            await send({"type": "http.response.body", "body": events, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The result of ``work``; None, and ``work`` cancelled, when the client goes away first."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        for future in (task, gone):
-            future.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _renamed(body: bytes, model: str) -> bytes:
-    value = json.loads(body)
-    if isinstance(value, dict) and "model" in value:
-        value["model"] = model
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _error_event(event: bytes) -> bytes:
-    """An error that came after the first words; what it says may name files and classes, so only a 4xx is quoted."""
-    message, status = _message(event[6:])
-    problem = BadRequest(message) if 400 <= status < 500 else BadGateway("the model's engine failed on this request")
-    return b"data: " + json.dumps(problem.as_object()).encode()
-
-
-async def _refusal(response: aiohttp.ClientResponse, model: str) -> AppError:
-    """Any status but 200, as one of ours."""
-    with contextlib.suppress(aiohttp.ClientError, OSError):
-        message, _ = _message(await response.read())
-        if response.status in (400, 413, 415, 422):
-            return BadRequest(message)
-    response.close()
-    if response.status in (404, 429, 503):
-        return Unavailable(
-            f"the engine of {model[:128]} cannot take the request now", retry_after=2, code=Code.MODEL_NOT_READY
-        )
-    log.warning("the engine of %s answered %d", model, response.status)
-    return _failed("the model's engine failed on this request")
-
-
-def _message(body: bytes) -> tuple[str, int]:
-    """What an engine's error object says, and its code."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        error = json.loads(body)["error"]
-        code = error.get("code")
-        return str(error["message"])[:4096], code if isinstance(code, int) else 500
-    return "the engine refused the request", 500
-
-
-def _asleep(model: str) -> Unavailable:
-    return Unavailable(
-        f"the engine of {model[:128]} does not answer",
-        retry_after=5,
-        code=Code.MODEL_NOT_READY,
-        hint="It is started again by itself; try again soon.",
-    )
-
-
-def _broken(model: str, error: Exception) -> BadGateway:
-    log.warning("the engine of %s hung up: %r", model, error)
-    return _failed("the model's engine hung up before it had answered")
-
-
-def _failed(message: str) -> BadGateway:
-    problem = BadGateway(message, hint="Try again; GET /deployments shows how the engine is.")
-    problem.retry_after = 2
-    return problem

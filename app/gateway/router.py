@@ -1,37 +1,44 @@
-"""``/v1/chat/completions`` and ``/v1/completions``: passed on to the deployment that serves the model."""
+"""OpenAI's and Anthropic's routes that ask a model: passed on to the engine that serves it."""
 
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from app.aliases.traffic import Traffic
 from app.deployments.service import Router
 from app.deps import RoomsDep, Server
 from app.errors import TooLarge
-from app.gateway.proxy import EngineClient, EventStream, FindRoute, until_gone
-from app.gateway.schemas import ChatRequest, CompletionRequest, Sampling
+from app.gateway.compare import CompareOut, CompareRequest, compare
+from app.gateway.desk import Desk
+from app.gateway.more_schemas import EmbeddingsRequest, MessagesRequest, ResponsesRequest
+from app.gateway.proxy import FindRoute
+from app.gateway.requests import EngineRequest
+from app.gateway.schemas import ChatRequest, CompletionRequest
+from app.gateway.upstream import EventStream, until_gone
+from app.projects.caller import Caller
 
 MAX_BODY = 10 << 20
 CLIENT_CLOSED_REQUEST = 499
 
 
-def find_route(rooms: RoomsDep) -> FindRoute:
+async def find_route(rooms: RoomsDep) -> FindRoute:
     """How a model's engine is found; a dependency, so that a test can put its own in its place."""
-    return Router(rooms.database, rooms.settings).route_for
+    return Traffic(rooms.database, Router(rooms.database, rooms.settings).route_for).find
 
 
 FindRouteDep = Annotated[FindRoute, Depends(find_route)]
 
 
-def _documented(request: type[Sampling], object_: str) -> dict[str, Any]:
+def _documented(request: type[EngineRequest], object_: str, required: tuple[str, ...]) -> dict[str, Any]:
     """What /docs says of a route that reads its body raw and passes the answer through."""
-    answer = {"type": "object", "description": f"OpenAI's {object_}.", "required": ["id", "choices"]}
+    answer = {"type": "object", "description": f"{object_}.", "required": list(required)}
+    media: dict[str, Any] = {"application/json": {"schema": answer}}
+    described = "The answer."
+    if "stream" in request.model_fields:
+        media["text/event-stream"] = {}
+        described = "The answer; with stream, its pieces as server-sent events."
     return {
-        "responses": {
-            200: {
-                "description": "The answer; with stream, its pieces as server-sent events, then [DONE].",
-                "content": {"application/json": {"schema": answer}, "text/event-stream": {}},
-            }
-        },
+        "responses": {200: {"description": described, "content": media}},
         "openapi_extra": {
             "requestBody": {
                 "required": True,
@@ -41,19 +48,59 @@ def _documented(request: type[Sampling], object_: str) -> dict[str, Any]:
     }
 
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(tags=["openai"])
 
 
-@router.post("/chat/completions", summary="Chat with a model", **_documented(ChatRequest, "ChatCompletion"))
+@router.post(
+    "/v1/chat/completions",
+    summary="Chat with a model",
+    **_documented(ChatRequest, "OpenAI's ChatCompletion", ("id", "choices")),
+)
 async def chat_completions(request: Request, caller: Server, find: FindRouteDep) -> Response:
-    """As OpenAI's; ``model`` is the name of a deployment."""
-    return await _complete(request, ChatRequest.parse(await _body(request)), caller.project_id, find)
+    """As OpenAI's; ``model`` is the name of a deployment or an alias."""
+    return await _complete(request, ChatRequest.parse(await _body(request)), caller, find)
 
 
-@router.post("/completions", summary="Complete a text", **_documented(CompletionRequest, "Completion"))
+@router.post(
+    "/v1/completions",
+    summary="Complete a text",
+    **_documented(CompletionRequest, "OpenAI's Completion", ("id", "choices")),
+)
 async def completions(request: Request, caller: Server, find: FindRouteDep) -> Response:
-    """As OpenAI's; ``model`` is the name of a deployment."""
-    return await _complete(request, CompletionRequest.parse(await _body(request)), caller.project_id, find)
+    """As OpenAI's; ``model`` is the name of a deployment or an alias."""
+    return await _complete(request, CompletionRequest.parse(await _body(request)), caller, find)
+
+
+@router.post(
+    "/v1/embeddings",
+    summary="Embed texts",
+    **_documented(EmbeddingsRequest, "OpenAI's list of embeddings", ("data",)),
+)
+async def embeddings(request: Request, caller: Server, find: FindRouteDep) -> Response:
+    """As OpenAI's, where the model's engine has it: 404 `endpoint_not_supported` else."""
+    return await _complete(request, EmbeddingsRequest.parse(await _body(request)), caller, find)
+
+
+@router.post(
+    "/v1/responses", summary="Ask for a response", **_documented(ResponsesRequest, "OpenAI's Response", ("id",))
+)
+async def responses(request: Request, caller: Server, find: FindRouteDep) -> Response:
+    """As OpenAI's, where the model's engine has it. Nothing is stored: the whole conversation is sent as `input`."""
+    return await _complete(request, ResponsesRequest.parse(await _body(request)), caller, find)
+
+
+@router.post("/v1/messages", summary="Send messages", **_documented(MessagesRequest, "Anthropic's Message", ("id",)))
+async def messages(request: Request, caller: Server, find: FindRouteDep) -> Response:
+    """As Anthropic's, where the model's engine has it; the key as `Authorization: Bearer`."""
+    return await _complete(request, MessagesRequest.parse(await _body(request)), caller, find)
+
+
+@router.post("/compare", summary="Ask several models the same", tags=["deployments"])
+async def compare_models(request: Request, body: CompareRequest, caller: Server, find: FindRouteDep) -> CompareOut:
+    """The answers side by side, made at the same time. A model that fails has its error in its place."""
+    desk: Desk = request.app.state.desk
+    found = await until_gone(request.receive, compare(desk, body, caller, find, request.state.request_id))
+    return found or CompareOut(data=[])  # nobody is there to read it
 
 
 async def _body(request: Request) -> bytes:
@@ -65,14 +112,15 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _complete(request: Request, body: Sampling, project_id: str, find: FindRoute) -> Response:
-    client: EngineClient = request.app.state.engine_client
-    upstream = await until_gone(request.receive, client.post(request.url.path, body, project_id, find))
-    if upstream is None:
+async def _complete(request: Request, body: EngineRequest, caller: Caller, find: FindRoute) -> Response:
+    desk: Desk = request.app.state.desk
+    asked = await until_gone(request.receive, desk.ask(request.url.path, body, caller, find, request.state.request_id))
+    if asked is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    if body.stream:
-        return EventStream(upstream)
+    upstream, permit = asked
+    if body.streamed:
+        return EventStream(upstream, permit.headers)
     answer = await until_gone(request.receive, upstream.json())
     if answer is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(answer, media_type="application/json")
+    return Response(answer, media_type="application/json", headers=dict(permit.headers))

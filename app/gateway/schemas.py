@@ -1,49 +1,19 @@
 """What a completion request may hold: OpenAI's fields, some of vLLM's, and nothing else reaches an engine."""
 
-import difflib
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
+from pydantic import ConfigDict, Field
 
-from app.errors import BadRequest, Code
-
-Count = Annotated[int, Field(ge=1, le=1_048_576)]
-Token = Annotated[int, Field(ge=0)]
-Text = Annotated[str, Field(max_length=65536)]
-Anything = Annotated[JsonValue, WithJsonSchema({})]
-NoEffect = Annotated[Anything, Field(description="Accepted for OpenAI clients; has no effect here.")]
-
-REFUSED = {
-    "audio": "This service answers in text.",
-    "cache_salt": "Leave it out.",
-    "chat_template": "The model's own chat template is used.",
-    "functions": "Use tools.",
-    "function_call": "Use tool_choice.",
-    "guided_choice": "Use structured_outputs.choice.",
-    "guided_grammar": "Use structured_outputs.grammar.",
-    "guided_json": "Use response_format with a json_schema.",
-    "guided_regex": "Use structured_outputs.regex.",
-    "kv_transfer_params": "Leave it out.",
-    "mm_processor_kwargs": "Leave it out.",
-    "priority": "Leave it out.",
-    "prompt_embeds": "Send the prompt as text or token ids.",
-    "request_id": "Leave it out; the answer's x-request-id tells it.",
-    "use_beam_search": "Use n with a temperature.",
-    "vllm_xargs": "Leave it out.",
-    "web_search_options": "This service does not search the web.",
-}
+from app.gateway.requests import Anything, Count, EngineRequest, NoEffect, StreamOptions, Text, Token
 
 
-class Sampling(BaseModel):
+class Sampling(EngineRequest):
     """What both kinds of request have in common."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     dropped: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store"})
 
-    model: str = Field(min_length=1, max_length=512, description="Name of a deployment; GET /v1/models lists them.")
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is made.")
-    stream_options: dict[Literal["include_usage", "continuous_usage_stats", "include_obfuscation"], bool] | None = None
+    stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -76,23 +46,18 @@ class Sampling(BaseModel):
     metadata: NoEffect = None
     store: NoEffect = None
 
-    @classmethod
-    def parse(cls, body: bytes) -> Self:
-        """The request in ``body``. Raises BadRequest that names the field at fault."""
-        try:
-            return cls.model_validate_json(body)
-        except ValidationError as error:
-            raise _bad_request(cls, error) from None
+    @property
+    def wants_usage(self) -> bool:
+        """Only where it is asked for."""
+        return (self.stream_options or {}).get("include_usage", False)
 
-    def body_for(self, served_name: str) -> bytes:
-        """What the engine gets: the same under its own name, without what has no effect and without nulls.
-
-        Nulls inside messages stay: there they mean something.
-        """
-        if self.stream_options is not None:
-            self.stream_options.pop("include_obfuscation", None)
-        request = self.model_copy(update={"model": served_name})
-        return request.model_dump_json(exclude_none=True, exclude=set(self.dropped)).encode()
+    def _imposed(self) -> dict[str, Any]:
+        """A stream's usage is always told, because it is counted here."""
+        if not self.streamed:
+            return {"stream_options": None}
+        every = self.wants_usage and (self.stream_options or {}).get("continuous_usage_stats", False)
+        options = {"include_usage": True, "continuous_usage_stats": True} if every else {"include_usage": True}
+        return {"stream_options": options}
 
 
 class ChatRequest(Sampling):
@@ -157,33 +122,3 @@ class CompletionRequest(Sampling):
     best_of: Literal[1] | None = Field(None, description="Only 1; use n for several answers.")
 
     dropped: ClassVar[frozenset[str]] = Sampling.dropped | {"best_of"}
-
-
-def _bad_request(cls: type[Sampling], error: ValidationError) -> BadRequest:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    kind, message = first["type"], first["msg"]
-    steps = [str(step) for step in first["loc"]]
-    if kind == "json_invalid":
-        return BadRequest(
-            f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}", code=Code.INVALID_JSON
-        )
-    if not steps:
-        return BadRequest("the body must be a JSON object", code=Code.INVALID_TYPE)
-    name = steps[0][:64]
-    if kind == "missing":
-        return BadRequest(f"{name} is missing", param=name, code=Code.MISSING_FIELD)
-    if kind == "extra_forbidden":
-        if name in REFUSED:
-            return BadRequest(f"{name} is not taken here", param=name, code=Code.REFUSED_FIELD, hint=REFUSED[name])
-        near = difflib.get_close_matches(name, cls.model_fields, 1)
-        hint = f"Did you mean {near[0]}?" if near else None
-        return BadRequest(
-            f"{name[:64]} is not a field of this request", param=name[:64], code=Code.UNKNOWN_FIELD, hint=hint
-        )
-    code = Code.INVALID_TYPE if kind.endswith("_type") else Code.INVALID_VALUE
-    inner = steps[1] if len(steps) > 1 else ""
-    if inner and not inner.isdigit() and code is Code.INVALID_TYPE:
-        # Below a union pydantic speaks of its first branch alone.
-        return BadRequest(f"{name} has none of the forms that it may have", param=name, code=code, hint="See /docs.")
-    path = f"{name}.{inner}" if inner.isdigit() else name
-    return BadRequest(f"{path}: {message[0].lower()}{message[1:]}", param=path, code=code)

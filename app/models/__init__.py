@@ -4,6 +4,7 @@ from app.models.base import DEFAULT_PROJECT, ApiKey, Base, Project, new_id, now,
 from app.models.fleet import Deployment, Slot, Worker
 from app.models.jobs import Checkpoint, Job, JobDependency, JobEvent, Metric, Pipeline, PipelineStep, Sweep, SweepPoint
 from app.models.registry import Alias, AliasMove, Artifact, ArtifactTag, DeletedArtifact, File
+from app.models.usage import Usage
 
 __all__ = [
     "Alias",
@@ -27,6 +28,7 @@ __all__ = [
     "Slot",
     "Sweep",
     "SweepPoint",
+    "Usage",
     "Worker",
     "new_id",
     "now",

@@ -77,6 +77,10 @@ class ApiKey(Base):
     name: Mapped[str]
     secret_sha256: Mapped[str]
     scopes: Mapped[list[str]]
+    # Null: as the settings have it.
+    requests_per_minute: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None]
+    concurrent_requests: Mapped[int | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]

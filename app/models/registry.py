@@ -78,6 +78,9 @@ class Alias(Owned, Base):
     project_id: Mapped[str] = mapped_column(ForeignKey("project.id"), primary_key=True)
     name: Mapped[str] = mapped_column(primary_key=True)
     artifact_id: Mapped[str] = mapped_column(ForeignKey("artifact.id"), index=True)
+    canary_artifact_id: Mapped[str | None] = mapped_column(ForeignKey("artifact.id"), index=True)
+    canary_percent: Mapped[float | None]
+    """Share of the requests that go to the canary: 0 < percent < 100."""
     moved_at: Mapped[datetime]
 
 
@@ -90,6 +93,9 @@ class AliasMove(Base):
     seq: Mapped[int] = mapped_column(primary_key=True)
     artifact_id: Mapped[str | None]
     version: Mapped[str | None]
+    canary_artifact_id: Mapped[str | None]
+    canary_version: Mapped[str | None]
+    canary_percent: Mapped[float | None]
     goes_back: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(default=now)
     created_by: Mapped[str | None]

@@ -3,7 +3,9 @@
 from typing import Any
 
 from fastapi import APIRouter
+from sqlalchemy.orm import Session
 
+from app.aliases import traffic
 from app.deployments import service
 from app.deps import Reader, RoomsDep
 from app.errors import Code, NotFound
@@ -13,16 +15,21 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 
 @router.get("/models", summary="List models that can be asked")
 def list_models(caller: Reader, rooms: RoomsDep) -> dict[str, Any]:
-    """Every deployment of the project that is served or about to be."""
+    """Every deployment of the project that is served or about to be, and the aliases that lead to one."""
     with rooms.database.read() as session:
-        return {"object": "list", "data": service.served_models(session, caller.project_id)}
+        return {"object": "list", "data": _models(session, caller.project_id)}
 
 
 @router.get("/models/{model:path}", summary="Show a model")
 def get_model(model: str, caller: Reader, rooms: RoomsDep) -> dict[str, Any]:
     """One model by its name."""
     with rooms.database.read() as session:
-        for entry in service.served_models(session, caller.project_id):
+        for entry in _models(session, caller.project_id):
             if entry["id"] == model:
                 return entry
         raise NotFound(f"the model {model[:128]!r} does not exist", param="model", code=Code.MODEL_NOT_FOUND)
+
+
+def _models(session: Session, project_id: str) -> list[dict[str, Any]]:
+    served = service.served_models(session, project_id)
+    return [*served, *traffic.aliased_models(session, project_id, served)]

@@ -1,5 +1,7 @@
 """Rows of projects and keys."""
 
+from collections.abc import Sequence
+
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -21,3 +23,9 @@ def key(session: Session, key_id: str) -> ApiKey | None:
 def count_keys(session: Session) -> int:
     """How many keys were ever made."""
     return session.scalar(select(func.count()).select_from(ApiKey)) or 0
+
+
+def keys_of(session: Session, project_id: str) -> Sequence[ApiKey]:
+    """The keys of a project, the newest first."""
+    query = select(ApiKey).where(ApiKey.project_id == project_id)
+    return session.scalars(query.order_by(ApiKey.created_at.desc(), ApiKey.id)).all()

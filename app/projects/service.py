@@ -12,7 +12,7 @@ from app.db import Database
 from app.errors import Code, Unauthorized
 from app.models import DEFAULT_PROJECT, ApiKey, now
 from app.projects import repository
-from app.projects.caller import Caller
+from app.projects.caller import Caller, KeyLimits
 
 SCOPES = ("read", "submit", "serve", "admin")
 _CACHE_SECONDS = 5.0
@@ -52,16 +52,25 @@ class KeyRing:
         if scheme.lower() != "bearer" or len(parts) != 3 or parts[0] != "ts" or not key.isascii():
             raise _wrong()
         digest = _hash(key.strip())
-        with self._lock:
-            seen = self._known.get(digest)
-        if seen and time.monotonic() - seen[0] < _CACHE_SECONDS:
-            return seen[1]
+        seen = self._seen(digest)
+        if seen is not None:
+            return seen
         caller = self._look_up(parts[1], parts[2])
         with self._lock:
             if len(self._known) > 10_000:
                 self._known.clear()
             self._known[digest] = (time.monotonic(), caller)
         return caller
+
+    def remembered(self, authorization: str | None) -> Caller | None:
+        """As ``check``, without the database: None where that would have to be asked, or would raise."""
+        _, _, key = (authorization or "").partition(" ")
+        return self._seen(_hash(key.strip())) if (authorization or "")[:7].lower() == "bearer " else None
+
+    def _seen(self, digest: str) -> Caller | None:
+        with self._lock:
+            seen = self._known.get(digest)
+        return seen[1] if seen and time.monotonic() - seen[0] < _CACHE_SECONDS else None
 
     def _look_up(self, key_id: str, secret: str) -> Caller:
         with self._database.read() as session:
@@ -70,7 +79,8 @@ class KeyRing:
         good = hmac.compare_digest(_hash(secret), row.secret_sha256 if row else _hash(""))
         if row is None or not good or row.revoked_at or (row.expires_at and row.expires_at < now()):
             raise _wrong()
-        return Caller(row.project_id, row.id, frozenset(row.scopes))
+        limits = KeyLimits(row.requests_per_minute, row.tokens_per_minute, row.concurrent_requests)
+        return Caller(row.project_id, row.id, frozenset(row.scopes), limits)
 
 
 def _hash(text: str) -> str:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typer.testing import CliRunner, Result
 from app.cli import app
 from app.db import Database
 from app.main import create_app
-from app.models import Slot, Worker
+from app.models import DEFAULT_PROJECT, Deployment, Slot, Worker
 from app.settings import Settings
 from tests.support import GOOD_JSONL, wait_for
 
@@ -176,3 +178,47 @@ def test_workers_and_their_slots(cli: Callable[..., Result], database: Database)
     for word in ("box-1", "alive", "gpu-0", "gpu (reserved)", "RTX", "24.0"):
         assert word in shown
     assert json.loads(cli("workers", "--json").stdout)["data"][0]["slots"][0]["slot_id"] == "gpu-0"
+
+
+def test_keys(cli: Callable[..., Result]) -> None:
+    made = json.loads(cli("keys", "create", "bot", "--scope", "serve", "--requests-per-minute", 60, "--json").stdout)
+    assert made["key"].startswith(f"ts_{made['id']}_")
+    cli("keys", "limit", made["id"], "--tokens-per-minute", 500)
+    listed = {row["id"]: row for row in json.loads(cli("keys", "list", "--json").stdout)["data"]}
+    row = listed[made["id"]]
+    assert (row["scopes"], row["requests_per_minute"], row["tokens_per_minute"]) == (["serve"], 60, 500)
+    assert "bot" in cli("keys", "list").stdout
+    assert cli("keys", "revoke", made["id"]).exit_code == 0
+    assert "there is no key nothing" in cli("keys", "revoke", "nothing").stderr
+
+
+def test_models_side_by_side_and_what_that_used(
+    cli: Callable[..., Result], database: Database, run_dir: Path, settings: Settings
+) -> None:
+    engine = Path(__file__).parents[1] / "workers" / "fake_engine.py"
+    path = run_dir / "e.sock"
+    with subprocess.Popen([sys.executable, engine, path, "ok"], stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for(path.exists)
+            with database.write() as session:
+                for name in ("base", "tuned"):
+                    row = Deployment(id=f"dep-{name}", project_id=DEFAULT_PROJECT, name=name, model="m", status="ready")
+                    row.socket = str(path)
+                    session.add(row)
+            result = cli("chat", "base", "--vs", "tuned", "--prompt", "hi")
+            assert result.exit_code == 0, result.output
+            assert result.stdout.count("Hello there, friend.") == 2
+            assert result.stdout.index("base (") < result.stdout.index("tuned (")
+            failed = cli("chat", "base", "--vs", "nobody", "--prompt", "hi")
+            assert failed.exit_code == 1
+            assert "Hello there, friend." in failed.stdout
+            assert "'nobody' is not being served" in failed.stdout
+        finally:
+            process.kill()
+
+    def used() -> dict[str, int]:
+        rows = json.loads(cli("usage", "--by", "model", "--json").stdout)["data"]
+        return {row["model"]: row["requests"] for row in rows}
+
+    wait_for(lambda: used() == {"base": 2, "tuned": 1})
+    assert "tuned" in cli("usage").stdout

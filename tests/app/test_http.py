@@ -78,6 +78,8 @@ SCOPES = [
     ("POST", "/deployments", "serve"),
     ("DELETE", "/deployments/none", "serve"),
     ("POST", "/v1/chat/completions", "serve"),
+    ("POST", "/v1/responses", "serve"),
+    ("GET", "/usage", "read"),
 ]
 
 

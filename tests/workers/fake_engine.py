@@ -7,6 +7,7 @@ stubborn (ignores SIGTERM), flaky (completions 500 while the file ``<socket>.sic
 dies_mid_stream (closes a stream after two chunks), bad_request, slow_stream (a chunk every 50 ms, for ever),
 moody (as ok, but the word in the prompt picks one of the last three modes).
 
+``--also``: it has /v1/embeddings, /v1/responses and /v1/messages too.
 ``--log`` gets one JSON line per request, and a line ``{"aborted": path}`` when a client went away in a stream.
 """
 
@@ -22,6 +23,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+OTHERS = ("/v1/embeddings", "/v1/responses", "/v1/messages")
 WORDS = ["Hello", " there", ",", " friend", "."]
 
 
@@ -32,6 +34,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     request_queue_size = 64
     mode = "ok"
     served = "m"
+    also = False
     log: Path | None = None
     completions = 0
     path = ""
@@ -68,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         """/v1/completions and /v1/chat/completions."""
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.note(path=self.path, body=body, headers={k.lower(): v for k, v in self.headers.items()})
+        if self.server.also and self.path in OTHERS:
+            return self._other(body)
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
             return self._json(404, {"detail": "Not Found"})
         mode = self._mode(body)
@@ -90,6 +95,44 @@ class Handler(BaseHTTPRequestHandler):
         text = json.dumps(body.get("messages") or body.get("prompt"))
         return next((m for m in ("dies_mid_stream", "bad_request", "slow_stream", "lies") if m in text), "ok")
 
+    def _other(self, body: dict[str, Any]) -> None:
+        """The other routes, each as small as its clients can read it."""
+        usage = {"input_tokens": 4, "output_tokens": 2, "total_tokens": 6}
+        model = body["model"]
+        if self.path == "/v1/embeddings":
+            data = [{"object": "embedding", "index": 0, "embedding": [0.5, -0.5]}]
+            counts = {"prompt_tokens": 4, "total_tokens": 4}
+            return self._json(200, {"object": "list", "model": model, "data": data, "usage": counts})
+        if self.path == "/v1/responses":
+            text = {"type": "output_text", "text": "Hello", "annotations": []}
+            output = {"id": "m1", "type": "message", "role": "assistant", "status": "completed", "content": [text]}
+            answer = {"id": "resp_1", "object": "response", "created_at": 1, "status": "completed", "model": model}
+            answer |= {"output": [output], "usage": usage}
+            delta = {"type": "response.output_text.delta", "delta": "Hello", "item_id": "m1"}
+            events = [delta, {"type": "response.completed", "response": answer}]
+        else:
+            answer = {"id": "msg_1", "type": "message", "role": "assistant", "model": model, "usage": usage}
+            answer |= {"content": [{"type": "text", "text": "Hello"}], "stop_reason": "end_turn"}
+            counted = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 2}}
+            begun = {**answer, "usage": {"input_tokens": 4, "output_tokens": 0}}
+            events = [{"type": "message_start", "message": begun}, counted, {"type": "message_stop"}]
+        if not body.get("stream"):
+            return self._json(200, answer)
+        self._begin_stream()
+        for event in events:
+            if "breaks" in json.dumps(body) and event is not events[0]:
+                self.close_connection = True
+                return None
+            self._chunk(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n")
+        self.wfile.write(b"0\r\n\r\n")
+        return None
+
+    def _begin_stream(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream; charset=utf-8")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         chat = "chat" in self.path
         text = "".join(WORDS)
@@ -105,10 +148,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _stream(self, body: dict[str, Any], mode: str) -> None:
         chat = "chat" in self.path
-        self.send_response(200)
-        self.send_header("content-type", "text/event-stream; charset=utf-8")
-        self.send_header("transfer-encoding", "chunked")
-        self.end_headers()
+        self._begin_stream()
         try:
             words = iter(WORDS) if mode != "slow_stream" else iter(lambda: " again", None)
             for number, word in enumerate(words):
@@ -127,6 +167,9 @@ class Handler(BaseHTTPRequestHandler):
                 self._chunk(f"data: {json.dumps(event)}\n\n")
                 if mode == "slow_stream":
                     time.sleep(0.05)
+            if (body.get("stream_options") or {}).get("include_usage"):
+                usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+                self._chunk(f"data: {json.dumps({**event, 'choices': [], 'usage': usage})}\n\n")
             self._chunk("data: [DONE]\n\n")
             self.wfile.write(b"0\r\n\r\n")
         except OSError:
@@ -173,6 +216,7 @@ def main() -> None:
     parser.add_argument("mode")
     parser.add_argument("--log", type=Path)
     parser.add_argument("--served", default="m")
+    parser.add_argument("--also", action="store_true")
     arguments = parser.parse_args()
     print(f"fake engine, mode {arguments.mode}", flush=True)
     if arguments.mode == "exits":
@@ -186,7 +230,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     server = Server(arguments.socket, Handler)
     server.mode, server.served, server.log = arguments.mode, arguments.served, arguments.log
-    server.path = arguments.socket
+    server.path, server.also = arguments.socket, arguments.also
     threading.Thread(target=server.serve_forever, daemon=True).start()
     while True:
         signal.pause()

@@ -39,6 +39,10 @@ def argv(launch: EngineLaunch) -> list[str]:
         arguments.append("--enforce-eager")
     if launch.chat_template is not None:
         arguments.append(f"--chat-template={launch.chat_template}")
+    if launch.tool_call_parser is not None:
+        arguments += ["--enable-auto-tool-choice", f"--tool-call-parser={launch.tool_call_parser}"]
+    if launch.reasoning_parser is not None:
+        arguments.append(f"--reasoning-parser={launch.reasoning_parser}")
     return arguments
 
 

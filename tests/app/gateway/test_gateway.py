@@ -3,153 +3,15 @@
 import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import httpx
 import openai  # noqa: TID253  (slow to import, which only matters in the service)
 import pytest
-import uvicorn
-from fastapi import FastAPI
 
-from app import http
-from app.deployments.service import Route
-from app.deps import Server
-from app.errors import Code, NotFound, Unavailable
-from app.gateway.proxy import ROUTE_SECONDS, EngineClient
-from app.gateway.router import find_route, router
-from app.projects.caller import Caller
-from app.settings import Settings
-
-FAKE_ENGINE = Path(__file__).parents[2] / "workers" / "fake_engine.py"
-HELLO: list[Any] = [{"role": "user", "content": "hi"}]
-
-
-class Engine:
-    """A fake engine that can be ended and started again on another socket."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._count = 0
-        self.start()
-
-    def start(self) -> None:
-        """Starts it and waits until it listens."""
-        self._count += 1
-        self.socket = str(self._folder / f"{self._count}.sock")
-        self.log = self._folder / f"{self._count}.log"
-        arguments = [self.socket, "moody", f"--log={self.log}", "--served=served-name"]
-        self._process = subprocess.Popen([sys.executable, str(FAKE_ENGINE), *arguments], stdout=subprocess.DEVNULL)
-        wait_for(Path(self.socket).exists)
-
-    def stop(self) -> None:
-        """Kills it, socket and all."""
-        self._process.kill()
-        self._process.wait()
-        Path(self.socket).unlink()
-
-    def pause(self) -> None:
-        """It holds its socket but answers nothing."""
-        self._process.send_signal(signal.SIGSTOP)
-
-    def requests(self) -> list[dict[str, Any]]:
-        """What it was asked."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
-
-
-class Gateway:
-    """A tiny application with the gateway in it, on a real port."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.looked_up: list[tuple[str, str]] = []
-        self.starting = False
-        self.clock = time.monotonic
-        app = FastAPI(lifespan=self._lifespan)
-        http.install(app)
-        app.add_middleware(http.Guard, settings=Settings())
-        app.include_router(router)
-        app.dependency_overrides[find_route] = lambda: self.find
-        app.dependency_overrides[get_args(Server)[1].dependency] = lambda: Caller("p1", "k1", frozenset({"serve"}))
-        config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1, ws="none")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run)
-        self._thread.start()
-        wait_for(lambda: self._server.started)
-        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
-
-    @contextlib.asynccontextmanager
-    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        app.state.engine_client = EngineClient(lambda: self.clock())
-        yield
-        await app.state.engine_client.close()
-
-    def find(self, model: str, project_id: str) -> Route:
-        """In place of the database."""
-        self.looked_up.append((model, project_id))
-        if self.starting:
-            raise Unavailable("starting", retry_after=5, code=Code.MODEL_NOT_READY)
-        if model not in ("served-name", "alias"):
-            raise NotFound(f"the model {model} is not being served", param="model", code=Code.MODEL_NOT_FOUND)
-        return Route(self.engine.socket, "served-name", "dep-1")
-
-    def close(self) -> None:
-        """Stops the server."""
-        self._server.should_exit = True
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-
-    def post(self, body: Any, path: str = "chat/completions") -> httpx.Response:
-        """A raw request."""
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx.post(f"{self.url}/v1/{path}", content=content, timeout=20)
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    # Not under tmp_path: a unix socket's path holds 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="ts-") as folder:
-        engine = Engine(Path(folder))
-        yield engine
-        with contextlib.suppress(FileNotFoundError):
-            engine.stop()
-
-
-@pytest.fixture
-def gateway(engine: Engine) -> Iterator[Gateway]:
-    gateway = Gateway(engine)
-    yield gateway
-    gateway.close()
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Gateway]:
-    """One for all requests that reach no engine."""
-    with tempfile.TemporaryDirectory(prefix="ts-") as folder:
-        gateway = Gateway(Engine(Path(folder)))
-        yield gateway
-        gateway.close()
-        gateway.engine.stop()
-
-
-@pytest.fixture
-def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=gateway.url + "/v1", api_key="k", max_retries=0, timeout=20) as client:
-        yield client
+from app.gateway.proxy import ROUTE_SECONDS
+from tests.app.gateway.doubles import HELLO, Gateway, wait_for
 
 
 def test_a_chat(client: openai.OpenAI, gateway: Gateway) -> None:
@@ -297,7 +159,7 @@ def test_what_has_no_effect_is_dropped_and_nulls_in_messages_stay(gateway: Gatew
     more = {"safety_identifier": "x", "prompt_cache_key": "y", "stop": None, "top_logprobs": None}
     body = {"model": "served-name", "messages": messages, "stream_options": {"include_obfuscation": False}}
     assert gateway.post({**body, **quiet, **more}).status_code == 200
-    expected = {"model": "served-name", "messages": messages, "stream_options": {}}
+    expected = {"model": "served-name", "messages": messages}
     assert gateway.engine.requests()[0]["body"] == expected
 
 
@@ -350,12 +212,30 @@ def test_routes_are_looked_up_once_a_second(gateway: Gateway) -> None:
     assert gateway.looked_up == [("served-name", "p1")]
     gateway.clock = lambda: 100.0 + ROUTE_SECONDS
     gateway.post({"model": "served-name", "messages": HELLO})
-    assert len(gateway.looked_up) == 2
+    wait_for(lambda: len(gateway.looked_up) == 2)
 
 
-def test_only_two_routes_are_open(shared: Gateway) -> None:
-    """None of the engine's others, which change it or tell of it."""
-    for path in ("/invocations", "/pause", "/v1/update_weights", "/metrics", "/v1/load_lora_adapter", "/tokenize"):
+def test_a_route_that_is_long_past_is_not_used_any_more(gateway: Gateway) -> None:
+    gateway.clock = lambda: 100.0
+    gateway.post({"model": "served-name", "messages": HELLO})
+    gateway.clock = lambda: 100.0 + 2 * ROUTE_SECONDS
+    gateway.starting = True
+    assert gateway.post({"model": "served-name", "messages": HELLO}).status_code == 503
+
+
+def test_a_route_that_is_gone_is_used_once_more_at_most(gateway: Gateway) -> None:
+    gateway.clock = lambda: 100.0
+    gateway.post({"model": "served-name", "messages": HELLO})
+    gateway.clock = lambda: 100.0 + ROUTE_SECONDS
+    gateway.starting = True
+    assert gateway.post({"model": "served-name", "messages": HELLO}).status_code == 200
+    wait_for(lambda: gateway.post({"model": "served-name", "messages": HELLO}).status_code == 503)
+
+
+def test_no_other_route_of_an_engine_is_open(shared: Gateway) -> None:
+    """Those that change it or tell of it."""
+    more = ("/v1/messages/count_tokens", "/v1/unload_lora_adapter", "/v1/responses/resp_1/cancel", "/update_weights")
+    for path in ("/invocations", "/pause", "/metrics", "/v1/load_lora_adapter", "/tokenize", *more):
         assert httpx.post(shared.url + path, json={}).status_code == 404
     assert shared.engine.requests() == []
 
@@ -386,6 +266,27 @@ def test_fifty_clients_at_once(gateway: Gateway) -> None:
         thread.join(20)
     assert done == [200] * 50
     wait_for(lambda: sum("aborted" in line for line in gateway.engine.requests()) == 25)
+
+
+def test_a_thousand_clients_that_leave_in_the_middle(gateway: Gateway) -> None:
+    slow = {"model": "served-name", "messages": [{"role": "user", "content": "slow_stream"}], "stream": True}
+    gateway.post({"model": "served-name", "messages": HELLO})
+    before = _open_files()
+
+    def leave() -> None:
+        with httpx.Client(timeout=60) as client:
+            for _ in range(50):
+                with client.stream("POST", f"{gateway.url}/v1/chat/completions", json=slow) as response:
+                    next(response.iter_bytes())
+
+    threads = [threading.Thread(target=leave) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(200)
+    wait_for(lambda: sum("aborted" in line for line in gateway.engine.requests()) == 1000, 60)
+    assert len(gateway.counted) == 1001
+    assert _open_files() <= before + 3
 
 
 def test_open_files_do_not_grow(gateway: Gateway) -> None:

@@ -64,6 +64,12 @@ def test_the_command_line_on_a_gpu() -> None:
     ]
 
 
+def test_the_parsers_of_the_models_family() -> None:
+    launch = replace(CPU, tool_call_parser="hermes", reasoning_parser="deepseek_r1")
+    added = ["--enable-auto-tool-choice", "--tool-call-parser=hermes", "--reasoning-parser=deepseek_r1"]
+    assert engine.argv(launch) == engine.argv(CPU) + added
+
+
 @pytest.mark.parametrize(
     "name",
     ["--middleware=os", "-h", "a b", "a;rm -rf /", "$(id)", "a\nb", "a=b", "ft:Qwen/Q2:x", '{"a":1}', "ü", "'\"", ""],
