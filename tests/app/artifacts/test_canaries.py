@@ -12,6 +12,7 @@ from app.db import Database
 from app.deployments.service import Route, Router
 from app.errors import NotFound, Unavailable
 from app.models import DEFAULT_PROJECT, Deployment
+from app.settings import Settings
 from tests.app.artifacts.conftest import Left
 from tests.support import on_sqlite
 
@@ -33,8 +34,8 @@ def serve(database: Database) -> Serve:
 
 
 @pytest.fixture
-def traffic(database: Database) -> Traffic:
-    return Traffic(database, Router(database).route_for)
+def traffic(database: Database, settings: Settings) -> Traffic:
+    return Traffic(database, Router(database, settings).route_for)
 
 
 def put(api: TestClient, artifact: str, canary: str | None = None, percent: float = 10, **more: Any) -> Any:
