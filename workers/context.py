@@ -16,7 +16,7 @@ from app.errors import Code, RunError
 from app.storage import KEPT, Storage
 from workers.checkpoints import rotate
 from workers.journal import Journal, finite
-from workers.loading.staging import stage
+from workers.staging import stage
 
 ATTEMPT = "attempt.json"
 RESULT = "result.json"
