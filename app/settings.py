@@ -73,6 +73,9 @@ class Settings(BaseSettings):
     preempt_after_seconds: float = Field(
         600.0, ge=0, description="A preemptible run is left alone for so long before another may take its slot."
     )
+    eval_tasks: Path | None = Field(
+        None, description="Folder with suites of your own for evaluations (lm-evaluation-harness); its Python is run."
+    )
     plugin_packages: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="More packages with recipes, merges, operations or engines, separated by commas."
     )
