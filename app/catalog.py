@@ -28,6 +28,8 @@ class RunContext(Protocol):
     """Where ``checkpoint-N`` folders go."""
     prepared_dir: Path | None
     """Inputs made ready: ``prepare`` fills it, ``run`` reads it (committed and verified); None without that stage."""
+    task_folder: Path | None
+    """More suites for evaluations, the operator's own (``TUNESMITH_EVAL_TASKS``)."""
     catalog: "Catalog"
     """All plugs, so that an operation can look up e.g. a merge method."""
     live_socket: Path | None

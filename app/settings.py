@@ -90,6 +90,9 @@ class Settings(BaseSettings):
     key_concurrent_requests: int | None = Field(
         None, ge=1, description="Requests to models that a key may have open at once; default no limit."
     )
+    eval_tasks: Path | None = Field(
+        None, description="Folder with suites of your own for evaluations (lm-evaluation-harness); its Python is run."
+    )
     plugin_packages: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="More packages with recipes, merges, operations or engines, separated by commas."
     )

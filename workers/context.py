@@ -16,7 +16,7 @@ from app.errors import Code, RunError
 from app.storage import KEPT, Storage
 from workers.checkpoints import rotate
 from workers.journal import Journal, finite
-from workers.loading.staging import stage
+from workers.staging import stage
 
 ATTEMPT = "attempt.json"
 RESULT = "result.json"
@@ -67,6 +67,8 @@ class JobContext:
         self.catalog = catalog
         prepared = attempt.get("prepared_dir")
         self.prepared_dir = Path(prepared) if prepared else None
+        tasks = attempt.get("task_folder")
+        self.task_folder = Path(tasks) if tasks else None
         self._preparing = attempt.get("stage") == "prepare"
         if self._preparing and self.prepared_dir is not None:
             self.prepared_dir.mkdir(exist_ok=True)

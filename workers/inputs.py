@@ -58,6 +58,7 @@ def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Jo
         "gpus": job.gpus,
         "run_seconds": job.run_seconds,
         "memory_gb": job.memory_gb,
+        "task_folder": str(settings.eval_tasks) if settings.eval_tasks else None,
         "reserve_bytes": room.reserve_bytes(settings),
         "spec": job.resolved_spec,
         "inputs": inputs,

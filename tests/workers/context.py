@@ -23,6 +23,7 @@ class RecordingContext:
         self.kept_dir = root / "kept"
         self.catalog = catalog or Catalog()
         self.prepared_dir: Path | None = None
+        self.task_folder: Path | None = None
         self.resume_from: Path | None = None
         self.live_socket: Path | None = None
         self.interpreters: dict[str, Path] = {}

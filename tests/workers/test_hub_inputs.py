@@ -220,7 +220,7 @@ def test_weights_config_tokenizer_and_licence_are_fetched_and_nothing_else(
 def test_progress_in_bytes_while_it_comes(
     hub: HubServer, commit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.loading.staging._POLL", 0.02)
+    monkeypatch.setattr("workers.staging._POLL", 0.02)
     monkeypatch.setattr("workers.context._PROGRESS_SECONDS", 0.0)
     hub.store.drop("GET", "/cdn/", after=10_000)  # the client waits a second before it goes on
     context(tmp_path / "a1").input(FIELD)

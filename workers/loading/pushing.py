@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from app.catalog import Interrupted, RunContext
 from app.errors import Code, RunError
 from app.storage import MANIFEST, sha256_of
-from workers.loading import hub
+from workers import hub
 
 CARD = "README.md"
 THEIR_CARD = "README.original.md"
@@ -84,6 +84,11 @@ class Push:
                 hint=f"Set {hub.TOKEN}. {_SAFE}",
             )
         self._client = hub.client(self._secret)
+
+    @property
+    def address(self) -> str:
+        """Of the repository, for people."""
+        return f"{hub.endpoint()}/{self.repo}"
 
     def prepare(self) -> bool:
         """Whether this token may write there; makes the repository, private unless asked otherwise.

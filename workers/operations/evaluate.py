@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,7 @@ from workers.loading.canary import QUESTIONS
 from workers.loading.judging import Judge, judge_of, load_graders, total
 from workers.loading.paired import CONFIDENCE, Change, compare
 from workers.loading.prompts import Prompt, load_prompts, opened
+from workers.loading.suites import HOW, PACKAGE, Asked, Suites, changes_of, installed
 
 SHOWN = 8
 """Answers that the job's result shows; the artifact has them all."""
@@ -69,8 +70,21 @@ class Gate(Spec):
     min_change: float = Field(0.0, ge=-1e9, le=1e9, description="In the grader's own unit.")
 
 
+class SuiteOptions(Spec):
+    """How the suites are asked."""
+
+    num_fewshot: int | None = Field(
+        None, ge=0, le=64, description="Examples before each question; default the suite's."
+    )
+    limit: int | None = Field(None, ge=1, le=1_000_000, description="The first so many documents of each; default all.")
+    chat_template: bool = Field(False, description="Ask through the model's chat template.")
+
+
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:+-]{0,127}$")]
+
+
 class EvaluateSpec(JobSpec):
-    """Score a model's answers to held-out prompts, beside those of what it was made from."""
+    """Score a model's answers to held-out prompts or to known suites, beside those of what it was made from."""
 
     type: Literal["evaluate"] = "evaluate"
     takes_adapters: ClassVar[bool] = True
@@ -78,8 +92,12 @@ class EvaluateSpec(JobSpec):
     baseline: ModelRef | None = Field(
         None, description="What it is compared with; default: of an adapter what it was trained on, of a model nothing."
     )
-    dataset: EvalData
-    graders: list[GraderSpec] = Field(max_length=16, description="What scores the answers.")
+    dataset: EvalData | None = Field(None, description="Prompts of your own; graders score the answers.")
+    graders: list[GraderSpec] = Field(default_factory=list, max_length=16, description="What scores the answers.")
+    tasks: list[TaskName] = Field(
+        default_factory=list, max_length=32, description="Suites of lm-evaluation-harness, where it is installed."
+    )
+    task_options: SuiteOptions = Field(default_factory=SuiteOptions)
     weights: list[float] | None = Field(
         None, max_length=16, description="What each grader's score counts in the total; default 1."
     )
@@ -90,12 +108,20 @@ class EvaluateSpec(JobSpec):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_graders(self.graders, "graders", self.weights, "weights")
-        names = ["total", *(grader.label for grader in self.graders)]
-        if "total" in names[1:]:
+        if self.dataset is None and not self.tasks:
+            raise conflict("dataset", "there is nothing to ask", "Give dataset and graders, or tasks.")
+        if (self.dataset is None) != (not self.graders):
+            field = "dataset" if self.dataset is None else "graders"
+            raise conflict(field, "graders score the answers to a dataset", "Give both, or neither of them.")
+        if self.tasks and not installed():
+            raise conflict("tasks", f"suites need {PACKAGE}, which is not installed here", HOW)
+        if self.graders:
+            check_graders(self.graders, "graders", self.weights, "weights")
+        names = [*(["total"] if self.graders else []), *(grader.label for grader in self.graders), *self.tasks]
+        if names.count("total") > 1:
             raise conflict("graders", "a grader is called 'total', as is the sum of all", "Give it another name.")
         if self.gate is not None and self.gate.on not in names:
-            raise conflict("gate.on", f"no grader is called {self.gate.on!r}", f"One of: {', '.join(names)}.")
+            raise conflict("gate.on", f"no grader or suite is called {self.gate.on!r}", f"One of: {', '.join(names)}.")
         return self
 
 
@@ -106,6 +132,7 @@ class Answered(NamedTuple):
     scores: dict[str, list[float]]
     known: list[bool]
     """Whether it answered each of the canary's questions."""
+    suites: Asked | None = None
 
 
 def run(spec: EvaluateSpec, ctx: RunContext) -> None:
@@ -130,13 +157,14 @@ def run(spec: EvaluateSpec, ctx: RunContext) -> None:
     ctx.phase("loading")
     compute = device_and_dtype(spec.dtype, ctx, "dtype")
     tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base)
+    suites = Suites(spec.tasks, spec.task_options.num_fewshot, spec.task_options.limit, ctx) if spec.tasks else None
     prompts = _prompts(spec, ctx, tokenizer)
     judge = judge_of(load_graders(spec.graders, ctx, compute, spec.generation.batch_size))
     model = _load(ctx, "model", compute)
 
     ctx.phase("evaluating")
     stops = stop_tokens(tokenizer, base)
-    tuned = _ask(spec, ctx, model, tokenizer, prompts, judge, stops)
+    tuned = _ask(spec, ctx, model, tokenizer, prompts, judge, stops, suites)
     before: Answered | None = None
     if spec.baseline is not None:
         del model
@@ -152,10 +180,10 @@ def run(spec: EvaluateSpec, ctx: RunContext) -> None:
                 param="generation.max_prompt_tokens",
             )
         loaded = _load(ctx, "baseline", compute)
-        before = _ask(spec, ctx, loaded, tokenizer, again, judge, stop_tokens(tokenizer, theirs))
+        before = _ask(spec, ctx, loaded, tokenizer, again, judge, stop_tokens(tokenizer, theirs), suites)
     elif is_adapter:
         with model.disable_adapter():
-            before = _ask(spec, ctx, model, tokenizer, prompts, judge, stops)
+            before = _ask(spec, ctx, model, tokenizer, prompts, judge, stops, suites)
     _tell(spec, ctx, prompts, tuned, before, compute)
 
 
@@ -164,6 +192,8 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _prompts(spec: EvaluateSpec, ctx: RunContext, tokenizer: Any) -> list[Prompt]:
+    if spec.dataset is None:
+        return []
     longest = spec.generation.max_prompt_tokens
     found = load_prompts(
         ctx.input("dataset.file"),
@@ -204,26 +234,27 @@ def _ask(
     prompts: list[Prompt],
     judge: Judge,
     stops: set[int],
+    suites: Suites | None,
 ) -> Answered:
     how: dict[str, Any] = {"batch_size": spec.generation.batch_size, "stops": stops, "seed": spec.generation.seed}
-    texts = answers(
-        model,
-        tokenizer,
-        prompts,
-        ctx,
-        max_new_tokens=spec.generation.max_new_tokens,
-        temperature=spec.generation.temperature,
-        **how,
-    )
-    scores = judge([prompt.answered(text) for prompt, text in zip(prompts, texts, strict=True)])
-    scores["total"] = total(scores, spec.weights)
+    texts: list[str] = []
+    scores: dict[str, list[float]] = {}
+    if prompts:
+        longest, temperature = spec.generation.max_new_tokens, spec.generation.temperature
+        texts = answers(model, tokenizer, prompts, ctx, max_new_tokens=longest, temperature=temperature, **how)
+        scores = judge([prompt.answered(text) for prompt, text in zip(prompts, texts, strict=True)])
+        scores["total"] = total(scores, spec.weights)
     known: list[bool] = []
     if spec.canary:
         asked = [[{"role": "user", "content": question.text}] for question in QUESTIONS]
         general = [Prompt(turns, opened(turns, tokenizer)) for turns in asked]
         said = answers(model, tokenizer, general, ctx, max_new_tokens=48, temperature=0.0, **how)
         known = [question.answered_by(text) for question, text in zip(QUESTIONS, said, strict=True)]
-    return Answered(texts, scores, known)
+    asked_of = None
+    if suites is not None:
+        template = spec.task_options.chat_template
+        asked_of = suites.ask(model, tokenizer, spec.generation.batch_size, template=template)
+    return Answered(texts, scores, known, asked_of)
 
 
 def _tell(
@@ -241,6 +272,17 @@ def _tell(
     report: dict[str, Any] = {"rows": len(prompts), "confidence": CONFIDENCE, "scores": scores, "answers": rows[:SHOWN]}
     if spec.canary:
         report["canary"] = _canary(ctx, tuned, before)
+    if tuned.suites is not None:
+        report["tasks"], of_tasks = _suites(tuned.suites, before.suites if before else None)
+        changes |= of_tasks
+        report["task_options"] = spec.task_options.model_dump()
+    if spec.gate is not None and spec.gate.on not in changes:
+        raise RunError(
+            Code.BAD_SPEC,
+            f"gate.on: {spec.gate.on} gives no number to each document, or the models were not asked the same",
+            param="gate.on",
+            hint="Name a grader, or a single task instead of a group.",
+        )
     passed = _passed(spec.gate, changes) if spec.gate else None
     if spec.gate is not None:
         report["gate"] = {**spec.gate.model_dump(), "passed": passed}
@@ -249,11 +291,15 @@ def _tell(
     (folder / "report.json").write_text(json.dumps({**report, "answers": "answers.jsonl"}, indent=1) + "\n")
     with (folder / "answers.jsonl").open("w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if tuned.suites is not None:
+        with (folder / "tasks.jsonl").open("w") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in tuned.suites.samples)
     if spec.gate is not None and not passed:
+        asked = f" on {len(prompts)} rows" if spec.gate.on in tuned.scores else ""
         change, found = changes[spec.gate.on], "is not better" if spec.gate.wants == "better" else "is worse"
         raise RunError(
             Code.GATE_NOT_PASSED,
-            f"{spec.gate.on} {found}: {change.base:.4g} → {change.tuned:.4g} on {len(prompts)} rows (change"
+            f"{spec.gate.on} {found}: {change.base:.4g} → {change.tuned:.4g}{asked} (change"
             f" {change.change:+.4g}, 95 % interval {change.low:+.4g} … {change.high:+.4g}, asked for"
             f" {spec.gate.min_change:+g})",
             hint="look at result.report.answers; more rows make the interval narrower",
@@ -283,7 +329,33 @@ def _shown(change: Change, *, compared: bool) -> dict[str, Any]:
 
 def _passed(gate: Gate, changes: dict[str, Change]) -> bool:
     change = changes[gate.on]
-    return (change.low if gate.wants == "better" else change.high) > gate.min_change
+    low, high = (change.low, change.high) if change.better == "higher" else (-change.high, -change.low)
+    return (low if gate.wants == "better" else high) > gate.min_change
+
+
+def _suites(after: Asked, before: Asked | None) -> tuple[dict[str, Any], dict[str, Change]]:
+    """Rows of the report by task and metric, and of each task the change in its first metric, by which a gate goes."""
+    report: dict[str, dict[str, Any]] = {}
+    first: dict[str, Change] = {}
+    changes = changes_of(before, after) if before is not None else {}
+    for key, score in after.scores.items():
+        task, metric, chosen = key
+        base = before.scores.get(key) if before is not None else None
+        entry: dict[str, Any] = {
+            "model": score.value,
+            "stderr": score.stderr,
+            "baseline": base.value if base is not None else None,
+            "better": score.better,
+            "documents": len(score.each) or None,
+            "verdict": "not_compared",
+        }
+        if key in changes:
+            change = changes[key]
+            entry |= {"change": change.change, "low": change.low, "high": change.high}
+            entry["verdict"] = WORDS[change.verdict]
+            first.setdefault(task, change)
+        report.setdefault(task, {})[metric if chosen == "none" else f"{metric},{chosen}"] = entry
+    return report, first
 
 
 def _canary(ctx: RunContext, tuned: Answered, before: Answered | None) -> dict[str, Any]:

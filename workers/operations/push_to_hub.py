@@ -8,7 +8,6 @@ from pydantic_core import PydanticCustomError
 
 from app.catalog import Operation, RunContext
 from app.specs import AdapterRef, JobSpec, ModelRef, conflict
-from workers.loading import hub
 from workers.loading.pushing import Push, files_of
 
 _PART = re.compile(r"^[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?$")
@@ -72,13 +71,12 @@ def run(spec: PushSpec, ctx: RunContext) -> None:
     ctx.phase("uploading")
     message = spec.commit_message or f"{known['name']} ({known['artifact_id']})"
     pushed = push.send(files, message, ctx)
-    address = f"{hub.endpoint()}/{spec.repo_id}"
     ctx.result(
         repo_id=spec.repo_id,
-        url=address,
+        url=push.address,
         revision=push.branch,
         commit=pushed.commit,
-        commit_url=f"{address}/commit/{pushed.commit}",
+        commit_url=f"{push.address}/commit/{pushed.commit}",
         private=private,
         changed=bool(pushed.uploaded),
         files=len(files),

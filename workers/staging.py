@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from app import disk, states
 from app.catalog import RunContext
 from app.errors import Code, RunError
-from workers.loading import hub
+from workers import hub
 
 WEIGHTS = "*.safetensors"
 WANTED = (WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
