@@ -5,6 +5,7 @@ all threads waiting for the database's write lock its holder would never get the
 ``rooms.database.read()`` or ``.write()`` in its own body, so that a 201 is sent only after its row is durable.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -53,7 +54,9 @@ def require(scope: str) -> Callable[..., Awaitable[Caller]]:
         headers = request.headers.getlist("authorization")
         header = headers[0] if len(headers) == 1 else None
         # Only a key that has to be looked up costs a turn of the thread pool.
-        found = rooms.keys.remembered(header)
+        found, due = rooms.keys.remembered(header)
+        if due and header is not None:
+            asyncio.get_running_loop().run_in_executor(None, rooms.keys.refresh, header)
         if found is None:
             found = await anyio.to_thread.run_sync(rooms.keys.check, header)
         if scope not in found.scopes and "admin" not in found.scopes:

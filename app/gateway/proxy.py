@@ -26,6 +26,7 @@ ReadsTools = Callable[[str], bool]
 
 ROUTE_SECONDS = 1.0
 _MAX_ROUTES = 1024
+_SMALL = 64 << 10
 # Below uvicorn's 5 s, so that a connection is never used at the moment when the engine closes it.
 _KEEP_ALIVE = 2.0
 
@@ -102,8 +103,10 @@ class EngineClient:
     async def _send(self, path: str, body: EngineRequest, route: Route, request_id: str) -> aiohttp.ClientResponse:
         session = await self._session(route)
         headers = {"content-type": "application/json", "accept-encoding": "identity", "x-request-id": request_id}
-        # A file, because aiohttp would write bytes in one go and block the others meanwhile.
-        data = io.BytesIO(body.body_for(route.served_name))
+        content = body.body_for(route.served_name)
+        # aiohttp writes bytes in one go, which with many would block the others, and reads a file in another thread,
+        # which with few takes longer than all the rest.
+        data = content if len(content) <= _SMALL else io.BytesIO(content)
         return await session.post(f"http://engine{path}", data=data, headers=headers)
 
     async def _session(self, route: Route) -> aiohttp.ClientSession:

@@ -2,10 +2,12 @@
 
 import hashlib
 import hmac
+import logging
 import secrets
 import threading
 import time
 
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app.db import Database
@@ -16,6 +18,9 @@ from app.projects.caller import Caller, KeyLimits
 
 SCOPES = ("read", "submit", "serve", "admin")
 _CACHE_SECONDS = 5.0
+_FRESH_SECONDS = 3.0
+"""From then on one request has the key looked up while the others go on with what is remembered."""
+log = logging.getLogger(__name__)
 
 
 def create_key(session: Session, name: str, project_id: str = DEFAULT_PROJECT, scopes: tuple[str, ...] = SCOPES) -> str:
@@ -37,6 +42,7 @@ class KeyRing:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._known: dict[str, tuple[float, Caller]] = {}
+        self._refreshing: set[str] = set()
         self._lock = threading.Lock()
 
     def check(self, authorization: str | None) -> Caller:
@@ -53,24 +59,52 @@ class KeyRing:
             raise _wrong()
         digest = _hash(key.strip())
         seen = self._seen(digest)
-        if seen is not None:
-            return seen
-        caller = self._look_up(parts[1], parts[2])
+        return seen[1] if seen is not None else self._learn(digest, parts[1], parts[2])
+
+    def _learn(self, digest: str, key_id: str, secret: str) -> Caller:
+        caller = self._look_up(key_id, secret)
         with self._lock:
             if len(self._known) > 10_000:
                 self._known.clear()
             self._known[digest] = (time.monotonic(), caller)
         return caller
 
-    def remembered(self, authorization: str | None) -> Caller | None:
-        """As ``check``, without the database: None where that would have to be asked, or would raise."""
-        _, _, key = (authorization or "").partition(" ")
-        return self._seen(_hash(key.strip())) if (authorization or "")[:7].lower() == "bearer " else None
+    def remembered(self, authorization: str | None) -> tuple[Caller | None, bool]:
+        """As ``check``, without the database: None where that would have to be asked, or would raise.
 
-    def _seen(self, digest: str) -> Caller | None:
+        And whether the caller of this method, and no other, should ``refresh`` the key, in a thread.
+        """
+        if authorization is None or authorization[:7].lower() != "bearer ":
+            return None, False
+        digest = _hash(authorization[7:].strip())
+        seen = self._seen(digest)
+        if seen is None:
+            return None, False
+        with self._lock:
+            due = time.monotonic() - seen[0] >= _FRESH_SECONDS and digest not in self._refreshing
+            if due:
+                self._refreshing.add(digest)
+        return seen[1], due
+
+    def refresh(self, authorization: str) -> None:
+        """Looks a remembered key up again before it is forgotten: a busy client never waits for the database."""
+        key = authorization[7:].strip()
+        digest, (_, key_id, secret) = _hash(key), key.split("_", 2)
+        try:
+            self._learn(digest, key_id, secret)
+        except Unauthorized:
+            with self._lock:
+                self._known.pop(digest, None)
+        except SQLAlchemyError as error:
+            log.info("a key is looked up again later: %s", type(error).__name__)
+        finally:
+            with self._lock:
+                self._refreshing.discard(digest)
+
+    def _seen(self, digest: str) -> tuple[float, Caller] | None:
         with self._lock:
             seen = self._known.get(digest)
-        return seen[1] if seen and time.monotonic() - seen[0] < _CACHE_SECONDS else None
+        return seen if seen and time.monotonic() - seen[0] < _CACHE_SECONDS else None
 
     def _look_up(self, key_id: str, secret: str) -> Caller:
         with self._database.read() as session:

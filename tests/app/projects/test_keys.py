@@ -11,6 +11,7 @@ from app.db import Database
 from app.errors import Unauthorized
 from app.models import ApiKey, now
 from app.projects.service import KeyRing, create_key, first_key
+from tests.support import on_sqlite
 
 
 def test_a_key_is_stored_as_a_hash(database: Database, key: str) -> None:
@@ -71,3 +72,28 @@ def test_what_is_no_key(database: Database, key: str) -> None:
     for header in (None, "", key, f"Token {key}", f"Bearer{key}", f"Bearer {key} {key}"):
         with pytest.raises(Unauthorized):
             KeyRing(database).check(header)
+
+
+@on_sqlite
+def test_a_busy_key_is_looked_up_by_one_request_while_the_others_go_on(
+    database: Database, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("app.projects.service.time.monotonic", lambda: clock[0])
+    ring, header = KeyRing(database), f"Bearer {key}"
+    assert ring.remembered(header) == (None, False)
+    caller = ring.check(header)
+    assert ring.remembered(header) == (caller, False)
+    clock[0] += 4
+    assert [ring.remembered(header) for _ in range(3)] == [(caller, True), (caller, False), (caller, False)]
+    ring.refresh(header)
+    clock[0] += 2.5
+    assert ring.remembered(header) == (caller, False)
+    with database.write() as session:
+        session.scalars(select(ApiKey)).one().revoked_at = now()
+    clock[0] += 1
+    assert ring.remembered(header) == (caller, True)
+    ring.refresh(header)
+    assert ring.remembered(header) == (None, False)
+    for wrong in (None, "", "Basic x", "Bearer ", f"Bearer {key}x"):
+        assert ring.remembered(wrong) == (None, False)
