@@ -40,6 +40,7 @@ class Code(StrEnum):
     MODEL_INVALID = "model_invalid"
     TARGET_MODULES_NOT_FOUND = "target_modules_not_found"
     ADAPTER_INVALID = "adapter_invalid"
+    ADAPTER_NOT_SERVABLE = "adapter_not_servable"
     BASE_MISMATCH = "base_mismatch"
     QUANTISED_BASE = "quantised_base"
     # state
@@ -51,6 +52,7 @@ class Code(StrEnum):
     DEPENDENCY_CYCLE = "dependency_cycle"
     WRONG_KIND = "wrong_kind"
     MODEL_NOT_READY = "model_not_ready"
+    MODEL_WAKING = "model_waking"
     DISK_FULL = "disk_full"
     DATABASE_BUSY = "database_busy"
     DATABASE_DAMAGED = "database_damaged"

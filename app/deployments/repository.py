@@ -3,10 +3,10 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Select, and_, or_, select, update
+from sqlalchemy import Select, and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from app.models import Deployment, Job, now
+from app.models import Deployment, DeploymentAdapter, Job, now
 from app.states import DEPLOYMENT_LIVE, DEPLOYMENT_MOVES, TERMINAL, DeploymentState
 
 
@@ -72,5 +72,8 @@ def transition(
     if to in (DeploymentState.STOPPED, DeploymentState.FAILED):
         values |= {"stopped_at": now(), "socket": None}
     moved = session.scalar(update(Deployment).where(*guards).values({"status": to, **values}).returning(Deployment.id))
+    if moved is not None and to in (DeploymentState.STOPPED, DeploymentState.FAILED):
+        # Their names are free again.
+        session.execute(delete(DeploymentAdapter).where(DeploymentAdapter.deployment_id == deployment_id))
     session.expire_all()
     return moved is not None

@@ -1,0 +1,107 @@
+"""From a model name to the engine that answers to it; for the gateway."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import update
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.db import Database
+from app.deployments import loaded, repository
+from app.errors import AppError, Code, Conflict, NotFound, Unavailable
+from app.models import Deployment, DeploymentAdapter, now
+from app.states import AdapterState, DeploymentState
+
+USED_SECONDS = 5.0
+"""How exactly it is stored when a model was last used: never a write a request."""
+_ANSWERS = (DeploymentState.READY, DeploymentState.UNHEALTHY)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where requests for a model name go."""
+
+    socket: str
+    served_name: str
+    deployment_id: str
+
+
+class Router:
+    """Finds the engine that serves a name; asks for what was put away. ``ring`` wakes who brings it back."""
+
+    def __init__(self, database: Database, ring: Callable[[], None] = lambda: None) -> None:
+        self._database = database
+        self._ring = ring
+
+    def route_for(self, model: str, project_id: str) -> Route:
+        """Raises NotFound for a name that nobody serves, Unavailable while its engine starts or its adapter loads.
+
+        Unavailable of code ``model_waking`` is worth waiting for: what was asked is on its way back.
+        Raises Conflict for an adapter that its engine could not load.
+        """
+        with self._database.read() as session:
+            row = repository.live_by_name(session, project_id, model)
+            found = loaded.by_name(session, project_id, model) if row is None else None
+        if row is not None:
+            self._used(row)
+            return Route(_socket(row), row.name, row.id)
+        if found is not None:
+            return self._to_adapter(*found)
+        raise NotFound(
+            f"the model {model[:128]!r} is not being served",
+            param="model",
+            code=Code.MODEL_NOT_FOUND,
+            hint="GET /v1/models lists what is; POST /deployments starts more.",
+        )
+
+    def _to_adapter(self, adapter: DeploymentAdapter, row: Deployment) -> Route:
+        if adapter.status == AdapterState.FAILED:
+            raise Conflict(
+                f"the adapter {adapter.name} could not be loaded: {(adapter.error or {}).get('message')}",
+                param="model",
+                code=Code.ADAPTER_NOT_SERVABLE,
+                hint="Merge it and deploy the result.",
+            )
+        self._used(row)
+        self._used(adapter)
+        if adapter.status == AdapterState.EVICTED:
+            with self._database.write() as session:
+                loaded.move(session, adapter, AdapterState.WAITING, only_from=[AdapterState.EVICTED], used_at=now())
+            self._ring()
+        socket = _socket(row)
+        if adapter.status != AdapterState.READY:
+            raise waking(adapter.name)
+        return Route(socket, adapter.name, row.id)
+
+    def _used(self, row: Deployment | DeploymentAdapter) -> None:
+        if row.used_at is not None and now() - row.used_at < timedelta(seconds=USED_SECONDS):
+            return
+        if isinstance(row, Deployment):
+            query = update(Deployment).where(Deployment.id == row.id)
+        else:
+            own = (DeploymentAdapter.deployment_id == row.deployment_id, DeploymentAdapter.name == row.name)
+            query = update(DeploymentAdapter).where(*own)
+        # The answer matters more than the note: a database that is busy must not refuse a chat.
+        with suppress(SQLAlchemyError), self._database.write() as session:
+            session.execute(query.values(used_at=now()))
+
+
+def waking(model: str) -> Unavailable:
+    """What was put away is being brought back."""
+    return Unavailable(
+        f"the model {model[:128]} is being loaded", retry_after=5, code=Code.MODEL_WAKING, hint="Try again soon."
+    )
+
+
+def _socket(row: Deployment) -> str:
+    if row.socket is None or row.status not in _ANSWERS:
+        raise _not_ready(row)
+    return row.socket
+
+
+def _not_ready(row: Deployment) -> AppError:
+    return Unavailable(
+        f"the model {row.name} is {row.status}", retry_after=5, code=Code.MODEL_NOT_READY, hint="Try again soon."
+    )
