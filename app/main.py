@@ -54,7 +54,7 @@ def create_app(settings: Settings | None = None, doorbell: AnyDoorbell | None = 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.tailer = Tailer(database)
-        app.state.engine_client = EngineClient()
+        app.state.engine_client = EngineClient(wake_seconds=settings.wake_seconds)
         yield
         app.state.stopping = True
         await app.state.tailer.close()

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from app.deployments.service import Route
 from app.errors import AppError, BadGateway, BadRequest, Code, Unavailable
 from app.gateway.schemas import Sampling
+from app.gateway.waking import awake
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,8 @@ _KEEP_ALIVE = 2.0
 class EngineClient:
     """Connections to the engines, and where they are. One per application; ``close`` it at the end."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, wake_seconds: float = 0.0) -> None:
+        self._wake_seconds = wake_seconds
         self._clock = clock
         self._sessions: dict[str, tuple[str, aiohttp.ClientSession]] = {}
         self._routes: dict[tuple[str, str], tuple[float, Route]] = {}
@@ -96,7 +99,7 @@ class EngineClient:
         known = self._routes.get((project_id, model))
         if known and known[0] > self._clock():
             return known[1]
-        route = await anyio.to_thread.run_sync(find, model, project_id)
+        route = await awake(partial(anyio.to_thread.run_sync, find, model, project_id), self._wake_seconds, self._clock)
         if len(self._routes) >= _MAX_ROUTES:
             self._routes.clear()
         self._routes[project_id, model] = (self._clock() + ROUTE_SECONDS, route)
