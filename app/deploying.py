@@ -106,6 +106,8 @@ class DeployJobs:
             adapters.check_free(session, job.project_id, spec.name)
             row = self._of_base(session, job, spec, found)
             adapters.attach(session, row, found, job.created_by, param="model")
+            if row.status == DeploymentState.SLEEPING:
+                repository.wake(session, row)
         session.get_one(Job, job.id).deployment_id = row.id
 
     def _deployment(self, session: Session, job: Job, name: str, model: str, options: DeploymentOptions) -> Deployment:
@@ -207,7 +209,7 @@ class DeployJobs:
             _cancelled(session, job, "The deployment was stopped.")
         elif row.status == DeploymentState.READY:
             self._succeed(session, job, row)
-        elif not self._failed_with(session, job, row) and self._waited_in_vain(row):
+        elif not self._failed_with(session, job, row) and self._waited_in_vain(row, job):
             service.stop(session, row.project_id, row.id)
             self._no_capacity(session, job, row)
 
@@ -233,7 +235,7 @@ class DeployJobs:
                     self._merge_first(session, job, DeploySpec.model_validate(job.resolved_spec), reason)
             except AppError as error:
                 _fail(session, job, str(error.code), error.message, error.hint)
-        elif self._waited_in_vain(row):
+        elif self._waited_in_vain(row, job):
             loaded.drop(session, row.id, name)
             if self._started_for(session, row, job):
                 service.stop(session, row.project_id, row.id)
@@ -262,11 +264,11 @@ class DeployJobs:
         return True
 
     @staticmethod
-    def _waited_in_vain(row: Deployment) -> bool:
+    def _waited_in_vain(row: Deployment, job: Job) -> bool:
         """Whether an engine has had no place to start for as long as a start may take."""
         if row.status != DeploymentState.QUEUED or row.restarts:
             return False
-        waited: float = (now() - row.created_at).total_seconds()
+        waited: float = (now() - max(row.created_at, job.started_at or row.created_at)).total_seconds()
         return waited > float(row.options["start_timeout"])
 
     @staticmethod

@@ -342,6 +342,12 @@ class DeploymentOptions(Spec):
     tensor_parallel_size: int = Field(1, ge=1, le=1, description="GPUs that share one replica.")
     replicas: int = Field(1, ge=1, le=1, description="Copies of the engine.")
     start_timeout: int = Field(600, ge=10, le=7200, description="Seconds until a start counts as failed.")
+    idle_timeout: int | None = Field(
+        None,
+        ge=1,
+        le=2_592_000,
+        description="Seconds without a request after which the engine ends; the next wakes it.",
+    )
     hot_load: bool | None = Field(
         None,
         description="Whether adapters can be loaded while it serves; default: when the model was not trained here.",

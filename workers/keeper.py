@@ -1,9 +1,10 @@
-"""What an engine is made to have while it serves: the adapters that its deployment's rows ask for."""
+"""What becomes of an engine while it serves: it gets the adapters that its rows ask for, and sleeps when unused."""
 
 import http.client
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.artifacts import references
-from app.deployments import loaded
+from app.catalog import EngineLaunch
+from app.deployments import loaded, repository
+from app.deployments.routes import USED_SECONDS
 from app.errors import AppError, Code
 from app.models import Deployment, DeploymentAdapter, Job, now
-from app.states import AdapterState
+from app.states import AdapterState, DeploymentState
 from workers.replica import UnixConnection
 from workers.supervisor import House
 
@@ -24,6 +27,8 @@ POLL_SECONDS = 1.0
 """A ring of the doorbell makes it sooner."""
 LOAD_SECONDS = 120.0
 PROBE_SECONDS = 120.0
+ROUTES_LAST = 2.0
+"""A gateway asks the database again after a second."""
 SAME = 1e-4
 """Log-probabilities that lie closer are equal: more than rounding in float32, less than a step of training."""
 _PROBE = {
@@ -48,15 +53,32 @@ class Keeper(threading.Thread):
     for one of them brings it back.
     """
 
-    def __init__(self, house: House, job: Job, deployment_id: str, socket: Path, base: str, room: int, note: Note):
+    def __init__(
+        self,
+        house: House,
+        job: Job,
+        deployment_id: str,
+        launch: EngineLaunch,
+        busy: Sequence[str],
+        note: Note,
+        end: Callable[[], None],
+    ) -> None:
         super().__init__(name=f"keeper-{job.id[4:12]}", daemon=True)
         self._house = house
         self._job = job
         self._deployment_id = deployment_id
-        self._socket = str(socket)
-        self._base = base
-        self._room = room
+        self._socket = str(launch.socket)
+        self._base = launch.served_name
+        self._loads = bool(launch.options.hot_load)
+        self._room = launch.options.max_adapters
+        self._idle_timeout = launch.options.idle_timeout
+        self._busy = tuple(busy)
         self._note = note
+        self._end = end
+        self._used_at: datetime | None = None
+        self._quiet_since = time.monotonic()
+        self.slept = False
+        """Whether it was this that ended the engine."""
         self._loaded: dict[str, str] = {}
         self._plain: list[tuple[str, float]] | None = None
         self._bell = threading.Event()
@@ -84,7 +106,7 @@ class Keeper(threading.Thread):
         self._bell.set()
 
     def sync(self) -> None:
-        """One round: let go of what is not wanted, put away what is too much, load what is missing.
+        """One round: let go of what is not wanted, put away what is too much, load what is missing; sleep when idle.
 
         Raises EngineGone.
         """
@@ -92,8 +114,14 @@ class Keeper(threading.Thread):
             deployment = session.get(Deployment, self._deployment_id)
             mine = deployment is not None and deployment.replica_job_id == self._job.id
             rows = loaded.of(session, [self._deployment_id])[self._deployment_id]
-        if not mine:
+        if deployment is None or not mine:
             return
+        if self._loads:
+            self._follow(rows)
+        if self._idle_timeout is not None and self._is_idle(deployment.used_at, self._idle_timeout):
+            self._sleep(deployment)
+
+    def _follow(self, rows: Sequence[DeploymentAdapter]) -> None:
         wanted = [row for row in rows if row.status in (AdapterState.WAITING, AdapterState.READY)]
         wanted.sort(key=_recency, reverse=True)
         kept, spare = wanted[: self._room], wanted[self._room :]
@@ -107,6 +135,42 @@ class Keeper(threading.Thread):
                 return
             if row.name not in self._loaded:
                 self._load(row)
+
+    def _is_idle(self, used_at: datetime | None, seconds: float) -> bool:
+        """By this process's own clock: since the note of the last use changed, or since something ran."""
+        if used_at != self._used_at:
+            self._used_at, self._quiet_since = used_at, time.monotonic()
+        # A use shortly after one that was noted is not noted.
+        return time.monotonic() - self._quiet_since >= seconds + USED_SECONDS and not self._runs()
+
+    def _runs(self) -> bool:
+        """Whether the engine answers somebody now, by its own word."""
+        status, text = self._ask("GET", "/metrics", None, PROBE_SECONDS)
+        lines = str(text).splitlines() if status == 200 else []
+        values = [float(line.rsplit(None, 1)[-1]) for line in lines if line.startswith(self._busy)]
+        if not values or sum(values) > 0:
+            self._quiet_since = time.monotonic()
+            return True
+        return False
+
+    def _sleep(self, deployment: Deployment) -> None:
+        """Nobody is led here any more; then the engine ends."""
+        used = Deployment.used_at == self._used_at if self._used_at is not None else Deployment.used_at.is_(None)
+        with self._house.database.write() as session:
+            self.slept = repository.transition(
+                session,
+                deployment.id,
+                DeploymentState.SLEEPING,
+                replica=self._job.id,
+                only_from=[DeploymentState.READY],
+                guard=[used],
+                socket=None,
+            )
+        if self.slept:
+            # Who was told the way a moment ago still comes; what is being answered then is finished.
+            self._over.wait(ROUTES_LAST)
+            self._end()
+            self._over.set()
 
     def _load(self, row: DeploymentAdapter) -> None:
         try:
@@ -181,9 +245,12 @@ class Keeper(threading.Thread):
             return loaded.move(session, row, to, **values)
 
     def _post(self, path: str, body: dict[str, Any], timeout: float = LOAD_SECONDS) -> tuple[int, Any]:
+        return self._ask("POST", path, json.dumps(body), timeout)
+
+    def _ask(self, method: str, path: str, body: str | None, timeout: float) -> tuple[int, Any]:
         connection = UnixConnection(self._socket, timeout)
         try:
-            connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+            connection.request(method, path, body, {"content-type": "application/json"})
             response = connection.getresponse()
             text = response.read()
         except (OSError, http.client.HTTPException) as error:

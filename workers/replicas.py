@@ -47,7 +47,9 @@ class ReplicaSupervision(Supervision):
             self._give_up(spec, error)
             return
         try:
-            flags = self.listen(child, lambda lines: self._hear(spec, launch, lines), stop_grace=GRACE_SECONDS + 5)
+            flags = self.listen(
+                child, lambda lines: self._hear(spec, launch, child, lines), stop_grace=GRACE_SECONDS + 5
+            )
             self._settle_replica(spec, child, flags)
         except BaseException:
             child.end(0)  # whatever went wrong here, no engine serves on unwatched
@@ -114,7 +116,7 @@ class ReplicaSupervision(Supervision):
                     hint="The files were changed after the job; run the job again.",
                 )
 
-    def _hear(self, spec: ServeSpec, launch: EngineLaunch, lines: list[Line]) -> None:
+    def _hear(self, spec: ServeSpec, launch: EngineLaunch, child: Child, lines: list[Line]) -> None:
         for line in lines:
             if line["kind"] != "status":
                 continue
@@ -122,18 +124,18 @@ class ReplicaSupervision(Supervision):
                 self._ready_since = self._ready_since or time.monotonic()
                 self._move(DeploymentState.READY, spec, socket=str(launch.socket), ready_at=now())
                 self._note("engine_ready", f"The engine answers, {line.get('seconds')} s after its start.", "info")
-                self._keep(spec, launch)
+                self._keep(spec, launch, child)
             elif line.get("status") == "unhealthy":
                 self._move(DeploymentState.UNHEALTHY, spec)
                 self._note("engine_unhealthy", "The engine did not answer a probe.", "warn")
             elif line.get("status") == "failed":
                 self._failure = line
 
-    def _keep(self, spec: ServeSpec, launch: EngineLaunch) -> None:
-        """From the engine's first answer on, its adapters are made to follow their rows."""
-        if self._keeper is None and launch.options.hot_load:
-            where = (spec.deployment_id, launch.socket, launch.served_name, launch.options.max_adapters)
-            self._keeper = Keeper(self.house, self.job, *where, self._note)
+    def _keep(self, spec: ServeSpec, launch: EngineLaunch, child: Child) -> None:
+        """From the engine's first answer on, it is made to follow its rows."""
+        if self._keeper is None:
+            busy = self._engine(spec).busy
+            self._keeper = Keeper(self.house, self.job, spec.deployment_id, launch, busy, self._note, child.ask_to_stop)
             self._keeper.start()
 
     @persistent
@@ -160,6 +162,8 @@ class ReplicaSupervision(Supervision):
         if self.house.stopping.is_set():
             self._move(DeploymentState.QUEUED, spec, socket=None)
             self.ledger.requeue("job_interrupted", "The worker is stopping; the engine starts again.", give_back=True)
+        elif self._keeper is not None and self._keeper.slept:
+            self.ledger.sleep(spec.deployment_id)
         else:
             self._restart(spec, child, status)
         self.ledger.cancelled("The engine was stopped.")

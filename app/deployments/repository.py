@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Select, and_, delete, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.models import Deployment, DeploymentAdapter, Job, now
@@ -62,11 +62,12 @@ def transition(
     *,
     replica: str | None = None,
     only_from: Collection[DeploymentState] | None = None,
+    guard: Sequence[ColumnElement[bool]] = (),
     **values: Any,
 ) -> bool:
     """Moves a deployment if the table allows it from where it is, and if ``replica`` still serves it."""
     origins = [state for state, targets in DEPLOYMENT_MOVES.items() if to in targets or state == to]
-    guards = [Deployment.id == deployment_id, Deployment.status.in_(set(origins) & set(only_from or origins))]
+    guards = [*guard, Deployment.id == deployment_id, Deployment.status.in_(set(origins) & set(only_from or origins))]
     if replica is not None:
         guards.append(Deployment.replica_job_id == replica)
     if to in (DeploymentState.STOPPED, DeploymentState.FAILED):
@@ -77,3 +78,13 @@ def transition(
         session.execute(delete(DeploymentAdapter).where(DeploymentAdapter.deployment_id == deployment_id))
     session.expire_all()
     return moved is not None
+
+
+def wake(session: Session, row: Deployment) -> bool:
+    """A deployment that sleeps is to serve again; its replica's job goes on. False when it does not sleep any more."""
+    if not transition(session, row.id, DeploymentState.QUEUED, only_from=[DeploymentState.SLEEPING]):
+        return False
+    # Whatever the job is doing: a replica that is still ending finds its deployment awake, and starts again.
+    session.execute(update(Job).where(Job.id == row.replica_job_id).values(paused_at=None, eligible_at=now()))
+    session.expire_all()
+    return True

@@ -46,7 +46,7 @@ class Router:
             found = loaded.by_name(session, project_id, model) if row is None else None
         if row is not None:
             self._used(row)
-            return Route(_socket(row), row.name, row.id)
+            return Route(self._socket(row, row.name), row.name, row.id)
         if found is not None:
             return self._to_adapter(*found)
         raise NotFound(
@@ -70,10 +70,23 @@ class Router:
             with self._database.write() as session:
                 loaded.move(session, adapter, AdapterState.WAITING, only_from=[AdapterState.EVICTED], used_at=now())
             self._ring()
-        socket = _socket(row)
+        socket = self._socket(row, adapter.name)
         if adapter.status != AdapterState.READY:
             raise waking(adapter.name)
         return Route(socket, adapter.name, row.id)
+
+    def _socket(self, row: Deployment, model: str) -> str:
+        """Where the engine listens; one that sleeps is woken. Raises Unavailable while it does not."""
+        if row.status == DeploymentState.SLEEPING:
+            with self._database.write() as session:
+                repository.wake(session, row)
+            self._ring()
+            raise waking(model)
+        if row.socket is None or row.status not in _ANSWERS:
+            # One that sleeps at times is on its way back within a start's time.
+            slept = row.options.get("idle_timeout") is not None and row.ready_at is not None
+            raise waking(model) if slept else _not_ready(row)
+        return row.socket
 
     def _used(self, row: Deployment | DeploymentAdapter) -> None:
         if row.used_at is not None and now() - row.used_at < timedelta(seconds=USED_SECONDS):
@@ -93,12 +106,6 @@ def waking(model: str) -> Unavailable:
     return Unavailable(
         f"the model {model[:128]} is being loaded", retry_after=5, code=Code.MODEL_WAKING, hint="Try again soon."
     )
-
-
-def _socket(row: Deployment) -> str:
-    if row.socket is None or row.status not in _ANSWERS:
-        raise _not_ready(row)
-    return row.socket
 
 
 def _not_ready(row: Deployment) -> AppError:

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from app.deployments.service import Route
 from app.errors import AppError, BadGateway, BadRequest, Code, Unavailable
 from app.gateway.schemas import Sampling
-from app.gateway.waking import awake
+from app.gateway.waking import Events, awake
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Events) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._upstream = upstream

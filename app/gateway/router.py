@@ -1,5 +1,6 @@
 """``/v1/chat/completions`` and ``/v1/completions``: passed on to the deployment that serves the model."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -9,6 +10,7 @@ from app.deps import RoomsDep, Server
 from app.errors import TooLarge
 from app.gateway.proxy import EngineClient, EventStream, FindRoute, until_gone
 from app.gateway.schemas import ChatRequest, CompletionRequest, Sampling
+from app.gateway.waking import within
 
 MAX_BODY = 10 << 20
 CLIENT_CLOSED_REQUEST = 499
@@ -67,11 +69,13 @@ async def _body(request: Request) -> bytes:
 
 async def _complete(request: Request, body: Sampling, project_id: str, find: FindRoute) -> Response:
     client: EngineClient = request.app.state.engine_client
-    upstream = await until_gone(request.receive, client.post(request.url.path, body, project_id, find))
+    asked = client.post(request.url.path, body, project_id, find)
+    if body.stream:
+        events = await until_gone(request.receive, within(asyncio.ensure_future(asked)))
+        return Response(status_code=CLIENT_CLOSED_REQUEST) if events is None else EventStream(events)
+    upstream = await until_gone(request.receive, asked)
     if upstream is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    if body.stream:
-        return EventStream(upstream)
     answer = await until_gone(request.receive, upstream.json())
     if answer is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -1,13 +1,30 @@
 """Patience with a model that is on its way: its engine is woken, or its adapter is loaded."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Protocol
 
 from app.deployments.service import Route
-from app.errors import Code, Unavailable
+from app.errors import AppError, Code, Unavailable
 
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
+QUIET_SECONDS = 5.0
+"""How long a stream may keep silent before a comment says that it is still there."""
+
+
+class Events(Protocol):
+    """An engine's answer, as it comes."""
+
+    def events(self) -> AsyncIterator[bytes]:
+        """Whole server-sent events."""
+        ...
+
+    def abort(self) -> None:
+        """Hangs up."""
+        ...
 
 
 async def awake(find: Callable[[], Awaitable[Route]], seconds: float, clock: Callable[[], float]) -> Route:
@@ -21,3 +38,44 @@ async def awake(find: Callable[[], Awaitable[Route]], seconds: float, clock: Cal
                 raise
         await asyncio.sleep(pause)
         pause = min(pause * 1.5, LONGEST_PAUSE)
+
+
+class Late:
+    """A stream whose engine is not there yet: comments until it is, then its events, or what went wrong as one.
+
+    The status 200 is out by then, so an error can only be an event; whoever reads the stream finds it there.
+    """
+
+    def __init__(self, coming: "asyncio.Future[Events]") -> None:
+        self._coming = coming
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Never silent for longer than ``QUIET_SECONDS`` before the first event."""
+        while not self._coming.done():
+            yield b": the model is being woken\n\n"
+            await asyncio.wait({self._coming}, timeout=QUIET_SECONDS)
+        try:
+            upstream = self._coming.result()
+        except AppError as error:
+            yield b"data: " + json.dumps(error.as_object()).encode() + b"\n\n"
+            return
+        async for event in upstream.events():
+            yield event
+
+    def abort(self) -> None:
+        """Nobody waits any more."""
+        if not self._coming.done():
+            self._coming.cancel()
+            return
+        with contextlib.suppress(AppError, asyncio.CancelledError):
+            self._coming.result().abort()
+
+
+async def within(coming: "asyncio.Future[Events]", seconds: float = QUIET_SECONDS) -> Events:
+    """The answer when it begins in time, else a stream that waits for it. Raises what ``coming`` raises in time."""
+    try:
+        await asyncio.wait({coming}, timeout=seconds)
+    except asyncio.CancelledError:
+        coming.cancel()
+        raise
+    return coming.result() if coming.done() else Late(coming)
