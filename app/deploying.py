@@ -75,13 +75,13 @@ class DeployJobs:
     def _start(self, looked: dict[str, Looked | AppError | None]) -> None:
         while looked:
             with self._database.write() as session:
-                after_commit(session, self._doorbell.ring)
                 job = claims.claim(session, CONTROLLER, "control", ["control"])
                 if job is None:
                     return
                 if job.id not in looked:  # it came after the look
                     session.rollback()
                     return
+                after_commit(session, self._doorbell.ring)
                 found = looked.pop(job.id)
                 try:
                     with session.begin_nested():
@@ -188,11 +188,9 @@ class DeployJobs:
         jobs.transition(session, job.id, JobState.RUNNING, move, Job.fence == job.fence)
 
     def _settle(self) -> None:
+        mine = (Job.slot_class == "control", Job.state == JobState.RUNNING)
         with self._database.write() as session:
-            after_commit(session, self._doorbell.ring)
-            running = session.scalars(
-                select(Job).where(Job.slot_class == "control", Job.state == JobState.RUNNING)
-            ).all()
+            running = session.scalars(select(Job).where(*mine)).all()
             rows = _rows_of(session, running)
             for job in list(running):
                 row = rows.get(job.deployment_id or "")
@@ -202,6 +200,9 @@ class DeployJobs:
                     self._settle_model(session, job, row)
                 else:
                     self._settle_adapter(session, job, row)
+            # Only for a change: a ring brings everybody here again.
+            if len(session.scalars(select(Job.id).where(*mine)).all()) != len(running):
+                after_commit(session, self._doorbell.ring)
 
     def _settle_model(self, session: Session, job: Job, row: Deployment) -> None:
         if job.cancel_requested_at is not None:

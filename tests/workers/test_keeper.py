@@ -250,6 +250,87 @@ def test_after_the_engines_death_all_are_there_again(
     assert serving.asks("one") == serving.asks("two") == 200
 
 
+# Sleep
+
+
+@pytest.fixture
+def quick_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.keeper.USED_SECONDS", 0.0)
+    monkeypatch.setattr("app.deployments.routes.USED_SECONDS", 0.0)
+    monkeypatch.setattr("workers.keeper.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("workers.keeper.ROUTES_LAST", 0.2)
+
+
+def asleep(serving: Serving) -> bool:
+    shown = serving.shown()
+    (replica,) = serving.api.get("/jobs?type=serve").json()["data"]
+    return (shown["status"], shown["desired"], replica["status"]) == ("sleeping", "running", "paused")
+
+
+def test_an_engine_that_nobody_uses_ends_and_the_next_request_brings_it_back(
+    serve: Callable[..., Serving], adapter: Callable[..., str], quick_sleep: None, api: TestClient
+) -> None:
+    serving = serve(idle_timeout=1, adapters=["artifact:" + adapter("one")])
+    serving.ready("one")
+    wait_for(lambda: asleep(serving))
+    assert processes_with_token(serving.token) == []
+    assert {entry["id"]: entry["status"] for entry in api.get("/v1/models").json()["data"]} == {
+        "plain": "sleeping",
+        "one": "sleeping",
+    }
+    with pytest.raises(Unavailable) as caught:
+        serving.router.route_for("one", PROJECT)
+    assert caught.value.code == "model_waking"
+    assert (caught.value.retry_after or 0) <= 110
+    with pytest.raises(Unavailable) as caught:
+        serving.router.route_for("plain", PROJECT)
+    assert caught.value.code == "model_waking", "on its way back it is worth waiting for"
+    serving.ready("one")
+    assert serving.asks("one") == serving.asks("plain") == 200
+    assert serving.shown()["restarts"] == 0
+    wait_for(lambda: asleep(serving))
+
+
+def test_an_engine_that_is_busy_stays(serve: Callable[..., Serving], quick_sleep: None, house: House) -> None:
+    serving = serve(idle_timeout=1)
+    serving.ready()
+    with house.database.read() as session:
+        running = Path(str(session.get_one(Deployment, serving.id).socket) + ".running")
+    running.write_text("1")
+    keeper = next(thread for thread in threading.enumerate() if thread.name.startswith("keeper-"))
+    began = keeper._quiet_since  # type: ignore[attr-defined]
+    wait_for(lambda: keeper._quiet_since > began)  # type: ignore[attr-defined]
+    assert serving.shown()["status"] == "ready"
+    running.unlink()
+    wait_for(lambda: asleep(serving))
+
+
+def test_a_request_that_comes_while_it_ends_finds_it_again(
+    serve: Callable[..., Serving], quick_sleep: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.keeper.ROUTES_LAST", 1.0)
+    serving = serve(idle_timeout=1)
+    serving.ready()
+    first = serving.token
+    wait_for(lambda: serving.shown()["status"] == "sleeping")
+    assert processes_with_token(first), "it has not ended yet"
+    with pytest.raises(Unavailable):
+        serving.router.route_for("plain", PROJECT)
+    wait_for(lambda: serving.token != first)
+    serving.ready()
+    assert serving.asks("plain") == 200
+
+
+def test_one_that_sleeps_can_be_stopped(serve: Callable[..., Serving], quick_sleep: None, api: TestClient) -> None:
+    serving = serve(idle_timeout=1)
+    serving.ready()
+    wait_for(lambda: asleep(serving))
+    assert api.delete(f"/deployments/{serving.id}").status_code == 200
+    assert serving.shown()["status"] == "stopped"
+    with pytest.raises(NotFound):
+        serving.router.route_for("plain", PROJECT)
+
+
 def test_what_counts_as_a_different_answer() -> None:
     plain = [("a", -0.5), (" b", -1.25)]
     assert not differ(plain, plain)
