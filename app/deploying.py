@@ -29,7 +29,7 @@ from app.projects.caller import Caller
 from app.queue import AnyDoorbell
 from app.settings import Settings
 from app.specs import DeploymentOptions, DeploySpec
-from app.states import DEPLOYMENT_LIVE, AdapterState, DeploymentState, Desired, JobState
+from app.states import DEPLOYMENT_LIVE, AdapterState, DeploymentState, JobState
 
 log = logging.getLogger(__name__)
 CONTROLLER = "reconciler"
@@ -126,17 +126,9 @@ class DeployJobs:
         """The deployment of the adapter's base that is nearest to answering, else a new one."""
         assert found.candidate.adapter.folder is not None
         rank = hotload.rank_of(found.candidate.adapter.folder)
-        fitting = [
-            row
-            for row in repository.live(session, job.project_id)
-            if row.desired != Desired.STOPPED
-            and row.options.get("hot_load")
-            and row.options.get("max_lora_rank", 0) >= rank
-            and hotload.serves_base_of(session, row, found.candidate)
-        ]
-        nearest = (DeploymentState.READY, DeploymentState.UNHEALTHY, DeploymentState.STARTING)
-        if fitting:
-            return min(fitting, key=lambda row: nearest.index(row.status) if row.status in nearest else len(nearest))
+        running = adapters.nearest(session, job.project_id, found.candidate, rank)
+        if running is not None:
+            return running
         root = found.candidate.root
         options = DeploymentOptions.model_validate(
             {

@@ -91,6 +91,20 @@ def attach(
     return made
 
 
+def nearest(session: Session, project_id: str, candidate: hotload.Candidate, rank: int) -> Deployment | None:
+    """Of the deployments of the adapter's base that have room for its rank, the one that is nearest to answering."""
+    fitting = [
+        row
+        for row in repository.live(session, project_id)
+        if row.desired != Desired.STOPPED
+        and row.options.get("hot_load")
+        and row.options.get("max_lora_rank", 0) >= rank
+        and hotload.serves_base_of(session, row, candidate)
+    ]
+    order = (DeploymentState.READY, DeploymentState.UNHEALTHY, DeploymentState.STARTING)
+    return min(fitting, key=lambda row: order.index(row.status) if row.status in order else len(order), default=None)
+
+
 def not_servable(reference: str, fault: str, param: str) -> BadRequest:
     """The refusal that names the reason."""
     return BadRequest(

@@ -9,9 +9,10 @@ from sqlalchemy import update
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.db import Database
-from app.deployments import loaded, repository
+from app.deployments import checkpoints, loaded, repository
 from app.errors import AppError, Code, Conflict, NotFound, Unavailable
 from app.models import Deployment, DeploymentAdapter, now
+from app.settings import Settings
 from app.states import AdapterState, DeploymentState
 
 USED_SECONDS = 5.0
@@ -29,11 +30,17 @@ class Route:
 
 
 class Router:
-    """Finds the engine that serves a name; asks for what was put away. ``ring`` wakes who brings it back."""
+    """Finds the engine that serves a name; asks for what was put away. ``ring`` wakes who brings it back.
 
-    def __init__(self, database: Database, ring: Callable[[], None] = lambda: None) -> None:
+    With ``settings``, checkpoints of runs are found as well.
+    """
+
+    def __init__(
+        self, database: Database, ring: Callable[[], None] = lambda: None, settings: Settings | None = None
+    ) -> None:
         self._database = database
         self._ring = ring
+        self._settings = settings
 
     def route_for(self, model: str, project_id: str) -> Route:
         """Raises NotFound for a name that nobody serves, Unavailable while its engine starts or its adapter loads.
@@ -49,6 +56,12 @@ class Router:
             return Route(self._socket(row, row.name), row.name, row.id)
         if found is not None:
             return self._to_adapter(*found)
+        if self._settings is not None:
+            base = checkpoints.ask_for(self._database, self._settings, project_id, model)
+            if base is not None:
+                self._socket(base, model)
+                self._ring()
+                raise waking(model)
         raise NotFound(
             f"the model {model[:128]!r} is not being served",
             param="model",

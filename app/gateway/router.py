@@ -18,7 +18,7 @@ CLIENT_CLOSED_REQUEST = 499
 
 def find_route(rooms: RoomsDep) -> FindRoute:
     """How a model's engine is found; a dependency, so that a test can put its own in its place."""
-    return Router(rooms.database, rooms.doorbell.ring).route_for
+    return Router(rooms.database, rooms.doorbell.ring, rooms.settings).route_for
 
 
 FindRouteDep = Annotated[FindRoute, Depends(find_route)]

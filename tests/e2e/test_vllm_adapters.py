@@ -141,13 +141,14 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
 
     # 3. A checkpoint of the run is a model as well; two are kept loaded, so the least recently used one is put away.
     chat.ask("second", QUESTIONS[0], 1)
-    step = {"adapter": str(settings.data_dir / checkpoint(client, second)), "name": "second-step-10"}
-    client.call("POST", f"/deployments/{deployment}/adapters", json=step)
-    wait_for(lambda: loaded(client, deployment).get("first") == "evicted", 20)
-    wait_for(lambda: loaded(client, deployment)["second-step-10"] == "ready", 20)
+    asked_at = time.monotonic()
+    step = "second:ckpt-step-10"
+    chat.ask(step, QUESTIONS[0], 1)
+    print(f"first token of a checkpoint {time.monotonic() - asked_at:.2f} s after it was first asked for")
     folder = settings.data_dir / checkpoint(client, second)
-    assert [chat.ask("second-step-10", question) for question in QUESTIONS] == computed(base, folder)
-    client.call("DELETE", f"/deployments/{deployment}/adapters/second-step-10")
+    assert [chat.ask(step, question) for question in QUESTIONS] == computed(base, folder)
+    assert loaded(client, deployment) == {"first": "evicted", "second": "ready", step: "ready"}
+    client.call("DELETE", f"/deployments/{deployment}/adapters/{step}")
     assert chat.ask("first", QUESTIONS[0]) == expected["first"][0], "it came back because it was asked for"
 
     # 4. The routes that load are not to be had from outside.
