@@ -118,6 +118,7 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
     chat.ask("second", QUESTIONS[0], 1)
     seconds = time.monotonic() - succeeded_at
     print(f"first token of the adapter {seconds:.2f} s after its job was seen to succeed")
+    told(client, deployment)
     second = succeeded(client, job)
     (deployed,) = client.call("GET", "/jobs?type=deploy")["data"]
     assert succeeded(client, deployed)["result"]["adapter_of"] == "plain"
@@ -175,6 +176,18 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
     client.call("DELETE", f"/deployments/{deployment}")
     wait_for(lambda: status(client, deployment)["status"] == "stopped", 60)
     wait_for(lambda: not engine_pids(settings), 15)
+
+
+def told(client: Client, deployment: str) -> None:
+    """Prints when what happened, for whoever reads the figures above."""
+    (replica,) = status(client, deployment)["replicas"]
+    ids = [
+        replica["id"],
+        *(job["id"] for kind in ("deploy", "train") for job in client.call("GET", f"/jobs?type={kind}")["data"]),
+    ]
+    events = [event for job in ids for event in client.call("GET", f"/jobs/{job}/events?limit=100")["data"]]
+    for event in sorted(events, key=lambda event: str(event["created_at"]))[-14:]:
+        print(f"  {event['created_at'][11:23]} {event['code']}: {event['message'][:80]}")
 
 
 def checkpoint(client: Client, job: dict[str, Any]) -> str:

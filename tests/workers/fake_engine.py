@@ -5,6 +5,7 @@ hangs (every completion after the first, and then /health too), busy (completion
 ``<socket>.busy`` exists), lies (/health 200, completions 500), leaks (a double-forked child in a session of its own),
 stubborn (ignores SIGTERM), flaky (completions 500 while the file ``<socket>.sick`` exists),
 dies_mid_stream (closes a stream after two chunks), bad_request, slow_stream (a chunk every 50 ms, for ever),
+dies (at the 10th completion),
 moody (as ok, but the word in the prompt picks one of the last three modes).
 
 It loads LoRA adapters as vLLM does: a folder with a file ``refuse`` is refused, one with a file ``idle`` changes no
@@ -89,6 +90,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._error(404, f"The model `{body.get('model')}` does not exist.")
         mode = self._mode(body)
         self.server.completions += 1
+        if mode == "dies" and self.server.completions >= 10:
+            print("a kernel fell over", flush=True)
+            os._exit(9)
         if mode == "lies" or (mode == "flaky" and Path(self.server.path + ".sick").exists()):
             return self._error(500, "the model fell over in /opt/secret/path.py")
         if mode == "bad_request":
