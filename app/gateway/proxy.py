@@ -56,7 +56,11 @@ class EngineClient:
             route = await self._route(body.model, project_id, find)
             try:
                 response = await self._send(path, body, route)
-                break
+                if response.status != 404 or last:
+                    break
+                # An adapter that was put away since the route was learned; asking for the way brings it back.
+                self._forget(body.model, project_id)
+                response.close()
             except aiohttp.ClientConnectorError as error:
                 # Nothing was sent. The engine may have been started anew since the route was learned.
                 self._forget(body.model, project_id)
