@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from typer.testing import CliRunner, Result
@@ -16,7 +18,9 @@ from app.db import Database
 from app.main import create_app
 from app.models import Slot, Worker
 from app.settings import Settings
-from tests.support import GOOD_JSONL, wait_for
+from app.storage import Storage
+from tests.artifacts import publish
+from tests.support import GOOD_JSONL, make_lora_folder, make_model_folder, wait_for
 
 
 @pytest.fixture
@@ -176,3 +180,18 @@ def test_workers_and_their_slots(cli: Callable[..., Result], database: Database)
     for word in ("box-1", "alive", "gpu-0", "gpu (reserved)", "RTX", "24.0"):
         assert word in shown
     assert json.loads(cli("workers", "--json").stdout)["data"][0]["slots"][0]["slot_id"] == "gpu-0"
+
+
+def test_an_adapter_is_loaded_and_taken_off(
+    cli: Callable[..., Result], database: Database, storage: Storage, tmp_path: Path
+) -> None:
+    base = publish(database, storage, make_model_folder(tmp_path / "base"), "base", "model")
+    publish(database, storage, make_lora_folder(tmp_path / "lora"), "support", "adapter", base=f"artifact:{base}")
+    with httpx.Client(base_url=os.environ["TUNESMITH_URL"]) as client:
+        client.headers["authorization"] = f"Bearer {os.environ['TUNESMITH_API_KEY']}"
+        deployment = client.post("/deployments", json={"name": "plain", "model": "base"}).json()["id"]
+    loaded = json.loads(cli("deployments", "load", deployment, "support", "--json").stdout)
+    assert (loaded["name"], loaded["status"]) == ("support", "waiting")
+    assert cli("deployments", "load", deployment, "base").exit_code == 1
+    assert "no longer served" in cli("deployments", "unload", deployment, "support").stdout
+    assert cli("deployments", "unload", deployment, "support").exit_code == 1

@@ -77,6 +77,9 @@ SCOPES = [
     ("POST", "/jobs/none/cancel", "submit"),
     ("POST", "/deployments", "serve"),
     ("DELETE", "/deployments/none", "serve"),
+    ("POST", "/deployments/none/adapters", "serve"),
+    ("GET", "/deployments/none/adapters", "read"),
+    ("DELETE", "/deployments/none/adapters/x", "serve"),
     ("POST", "/v1/chat/completions", "serve"),
 ]
 
