@@ -12,7 +12,7 @@ from app.db import Database
 from app.deployments import loaded, repository
 from app.deployments.routes import Router
 from app.errors import Conflict, Unavailable
-from app.models import Deployment, DeploymentAdapter, Job, JobEvent
+from app.models import Deployment, DeploymentAdapter, Job, JobEvent, now
 from app.reconciler import Reconciler
 from app.states import AdapterState, DeploymentState
 from app.storage import Storage
@@ -214,6 +214,30 @@ def test_where_none_runs_the_base_is_started(
     reconciler.tick()
     assert api.get(f"/jobs/{job_id}").json()["status"] == "cancelled"
     assert api.get(f"/deployments/{row['id']}").json()["status"] == "stopped", "nobody else had anything of it"
+
+
+def test_a_base_that_sleeps_is_woken_for_it(
+    api: TestClient,
+    adapter: Callable[..., str],
+    base: str,
+    ready: Any,
+    reconciler: Reconciler,
+    database: Database,
+) -> None:
+    row = api.post("/deployments", json={"name": "plain", "model": base, "idle_timeout": 60}).json()
+    ready(row["id"])
+    with database.write() as session:
+        assert repository.transition(session, row["id"], DeploymentState.SLEEPING, socket=None)
+        session.execute(update(Job).where(Job.type == "serve").values(paused_at=now()))
+    answer = api.post(f"/deployments/{row['id']}/adapters", json={"adapter": adapter("quiet")})
+    assert answer.status_code == 201
+    assert api.get(f"/deployments/{row['id']}").json()["status"] == "sleeping", "to be there at the next request"
+    job_id = api.post("/jobs", json={"type": "deploy", "name": "support", "model": adapter()}).json()["id"]
+    reconciler.tick()
+    assert api.get(f"/deployments/{row['id']}").json()["status"] == "queued"
+    with database.read() as session:
+        assert session.scalars(select(Job.paused_at).where(Job.type == "serve")).all() == [None]
+    assert api.get(f"/jobs/{job_id}").json()["status"] == "running"
 
 
 def test_what_cannot_be_loaded_is_merged_first_and_the_job_says_why(
