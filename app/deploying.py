@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sqlalchemy import or_, select
+from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
 from app.artifacts import inspect, references
@@ -49,7 +49,7 @@ class DeployJobs:
         open_ = (
             Job.slot_class == "control",
             Job.blocked_by == 0,
-            or_(Job.state == JobState.RUNNING, Job.state == JobState.QUEUED),
+            or_(Job.state == JobState.RUNNING, and_(Job.state == JobState.QUEUED, Job.paused_at.is_(None))),
         )
         with self._database.read() as session:
             waiting = session.scalars(select(Job).where(*open_)).all()
