@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, TypeAdapter
 
+from app.errors import BadRequest
 from app.grading import GraderSpec, Sample, Scoring
 from app.specs import DeploymentOptions, DeploySpec, Dtype, JobSpec, TrainSpec
 
@@ -288,6 +289,12 @@ class Engine:
     argv: Callable[[EngineLaunch], list[str]]
     env: Callable[[EngineLaunch], dict[str, str]]
     health_path: str = "/health"
+    hot_load: bool = False
+    """Whether it loads adapters while it serves: ``POST /v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``."""
+    own_python: bool = False
+    """Whether it runs in the worker's own environment; else in the one that has vLLM."""
+    busy: tuple[str, ...] = ()
+    """Series of ``/metrics`` whose sum is above zero while it has something to do."""
 
 
 class CatalogError(Exception):
@@ -316,6 +323,12 @@ class Catalog:
         if type_ == "deploy":
             return DeploySpec
         return self.operations[type_].spec if type_ in self.operations else None
+
+    def check_engine(self, name: str) -> None:
+        """Raises BadRequest for an engine that nobody plugged in; auto is left to the worker."""
+        if name not in ("auto", *self.engines):
+            names = ", ".join(("auto", *self.engines))
+            raise BadRequest(f"engine {name!r} is unknown", param="engine", hint=f"One of: {names}.")
 
     def slot_class(self, type_: str, algorithm: str | None) -> SlotClass:
         """Which class of slot a job runs in."""

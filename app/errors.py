@@ -42,6 +42,7 @@ class Code(StrEnum):
     MODEL_INVALID = "model_invalid"
     TARGET_MODULES_NOT_FOUND = "target_modules_not_found"
     ADAPTER_INVALID = "adapter_invalid"
+    ADAPTER_NOT_SERVABLE = "adapter_not_servable"
     BASE_MISMATCH = "base_mismatch"
     QUANTISED_BASE = "quantised_base"
     # state
@@ -55,6 +56,7 @@ class Code(StrEnum):
     MODEL_NOT_READY = "model_not_ready"
     TOOLS_NOT_SUPPORTED = "tools_not_supported"
     ENDPOINT_NOT_SUPPORTED = "endpoint_not_supported"
+    MODEL_WAKING = "model_waking"
     DISK_FULL = "disk_full"
     DATABASE_BUSY = "database_busy"
     DATABASE_DAMAGED = "database_damaged"

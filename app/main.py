@@ -64,7 +64,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.tailer = Tailer(database)
         app.state.desk = Desk(
-            EngineClient(ToolTable(database, settings).reads_tools),
+            EngineClient(ToolTable(database, settings).reads_tools, wake_seconds=settings.wake_seconds),
             Limiter(_limits(settings), broker_url),
             Meter(database),
         )

@@ -24,6 +24,20 @@ _ELSEWHERE = {
 }
 ModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
 
+# Config keys of variants of LoRA whose product is not W + scale · B · A, and what they are called.
+VARIANTS = {
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "layer_replication": "layer replication",
+    "monteclora_config": "MonteCLoRA",
+    "trainable_token_indices": "trainable tokens",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QALoRA",
+}
+# Starts that put a part of the base into the adapter: added to the whole base, that part would count twice.
+MOVING_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
 
 class PeftBlock(Spec):
     """The guide's ``peft_config``: the fields of peft's ``LoraConfig``."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, or_, select
+from sqlalchemy import ColumnElement
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -22,22 +22,22 @@ from app.artifacts.garbage import Collector
 from app.catalog import Catalog
 from app.crashpoints import reached
 from app.db import Database, after_commit
+from app.deploying import DeployJobs
 from app.deployments import repository as deployments
 from app.deployments import service
-from app.errors import AppError
 from app.fleet import repository as fleet
 from app.jobs import capacity, claims, deadlines, preemption, repository, room
 from app.jobs.repository import Move
-from app.models import Deployment, Job, now
+from app.models import Job, now
 from app.queue import AnyDoorbell
 from app.settings import Settings
-from app.specs import DeploySpec
 from app.states import DeploymentState, JobState
 from app.storage import Storage
 
 log = logging.getLogger(__name__)
 TICK = 1.0
-CONTROLLER = "reconciler"
+_PAUSE = 0.1
+"""Between two rings, so that a burst of them is one."""
 _COLLECT_SECONDS = 300.0
 
 
@@ -69,12 +69,13 @@ class Reconciler(threading.Thread):
         super().__init__(name="reconciler", daemon=True)
         self._settings = settings
         self._database = database
-        self._catalog = catalog
+        self._deploys = DeployJobs(settings, database, catalog, doorbell)
         self._doorbell = doorbell
         self._monotonic = monotonic
         self._wall = wall
         self._began = (wall(), monotonic())
         self._stop_event = threading.Event()
+        self._bell = threading.Event()
         self._watched: dict[str, Watch] = {}
         self._last_reap: float | None = None
         self._next_ring = 0.0
@@ -86,18 +87,31 @@ class Reconciler(threading.Thread):
 
     def run(self) -> None:
         """Until ``stop``."""
-        while not self._stop_event.wait(TICK * random.uniform(0.8, 1.2)):
+        due = self._monotonic() + TICK
+        while not self._stop_event.is_set():
+            rung = self._bell.wait(max(0.0, due - self._monotonic()))
+            self._bell.clear()
             try:
-                self.tick()
+                if not rung or self._monotonic() >= due:
+                    due = self._monotonic() + TICK * random.uniform(0.8, 1.2)
+                    self.tick()
+                elif not self._stop_event.is_set():
+                    self._deploys.tick()
+                    self._stop_event.wait(_PAUSE)
             except SQLAlchemyError as error:
                 self._watched.clear()  # a blind reaper must not count the time it did not see
                 log.warning("reconciler: the database does not answer: %s", error)
             except Exception:
                 log.exception("reconciler: a step failed")
 
+    def ring(self) -> None:
+        """Something was stored: deploy jobs are looked at now, the rest in its turn."""
+        self._bell.set()
+
     def stop(self) -> None:
         """Ends the loop."""
         self._stop_event.set()
+        self._bell.set()
         if self.is_alive():
             self.join(timeout=5)
 
@@ -111,7 +125,7 @@ class Reconciler(threading.Thread):
             self._preempt()
             self._end_waits()
             self._keep_room()
-        self._deploy()
+        self._deploys.tick()
 
     def _ring(self) -> None:
         """A queued row is the message; the doorbell is rung again as long as one waits."""
@@ -223,104 +237,6 @@ class Reconciler(threading.Thread):
 
     def _recent(self) -> datetime:
         return min(self._wall(), self._own()) - timedelta(seconds=3 * self._settings.lease_seconds)
-
-    def _deploy(self) -> None:
-        """Deploy jobs compute nothing, so no slot runs them: this step makes their deployment and watches it."""
-        with self._database.read() as session:
-            waiting = session.scalar(
-                select(Job.id)
-                .where(
-                    Job.slot_class == "control",
-                    Job.blocked_by == 0,
-                    or_(Job.state == JobState.RUNNING, Job.state == JobState.QUEUED),
-                )
-                .limit(1)
-            )
-        if waiting is None:
-            return
-        self._start_deploys()
-        self._settle_deploys()
-
-    def _start_deploys(self) -> None:
-        while True:
-            with self._database.write() as session:
-                after_commit(session, self._doorbell.ring)
-                job = claims.claim(session, CONTROLLER, "control", ["control"])
-                if job is None:
-                    return
-                spec = DeploySpec.model_validate(job.resolved_spec)
-                try:
-                    with session.begin_nested():
-                        row = service.create(
-                            session,
-                            self._settings,
-                            self._catalog,
-                            project_id=job.project_id,
-                            key_id=job.created_by,
-                            name=spec.name,
-                            model=spec.model,
-                            options=spec,
-                        )
-                        deployment_id = row.id
-                except AppError as error:
-                    _fail(session, job, str(error.code), error.message, error.hint)
-                except (OSError, ValueError) as error:  # one model that cannot be read must not hold up the others
-                    log.exception("deploy job %s cannot start", job.id)
-                    _fail(session, job, "model_invalid", f"the model cannot be read: {error}", None)
-                else:
-                    session.get_one(Job, job.id).deployment_id = deployment_id
-                reached("deploy.before_commit")
-
-    def _settle_deploys(self) -> None:
-        with self._database.write() as session:
-            jobs = session.scalars(select(Job).where(Job.slot_class == "control", Job.state == JobState.RUNNING)).all()
-            rows = {
-                row.id: row
-                for row in session.scalars(
-                    select(Deployment).where(
-                        Deployment.id.in_([job.deployment_id for job in jobs if job.deployment_id])
-                    )
-                )
-            }
-            for job in list(jobs):
-                row = rows.get(job.deployment_id or "")
-                if job.cancel_requested_at is not None:
-                    if row is not None:
-                        service.stop(session, row.project_id, row.id)
-                    move = Move(JobState.CANCELLED, "job_cancelled", "The deployment was stopped.", "warn")
-                    repository.transition(session, job.id, JobState.RUNNING, move, Job.fence == job.fence)
-                elif row is None:
-                    _fail(session, job, "internal_error", "the deployment is gone", None)
-                elif row.status == DeploymentState.READY:
-                    result = {"deployment_id": row.id, "name": row.name, "endpoint": f"{self._settings.base_url}/v1"}
-                    move = Move(JobState.SUCCEEDED, "job_complete", f"{row.name} answers.", values={"result": result})
-                    repository.transition(session, job.id, JobState.RUNNING, move, Job.fence == job.fence)
-                elif self._waited_in_vain(session, row):
-                    service.stop(session, row.project_id, row.id)
-                    message = f"no worker had a slot for an engine within {row.options['start_timeout']} s"
-                    _fail(
-                        session,
-                        job,
-                        "no_capacity",
-                        message,
-                        "GET /jobs shows what holds the slots; see TUNESMITH_SLOTS.",
-                    )
-                elif row.status in (DeploymentState.FAILED, DeploymentState.STOPPED):
-                    error = row.last_error or {"code": "engine_error", "message": f"the deployment is {row.status}"}
-                    _fail(session, job, str(error["code"]), str(error["message"]), error.get("hint"))
-
-    def _waited_in_vain(self, session: Session, row: Deployment) -> bool:
-        """Whether an engine has had no place to start for as long as a start may take."""
-        if row.status != DeploymentState.QUEUED or row.restarts:
-            return False
-        waited: float = (now() - row.created_at).total_seconds()
-        return waited > float(row.options["start_timeout"])
-
-
-def _fail(session: Session, job: Job, code: str, message: str, hint: str | None) -> None:
-    values = {"error_code": code, "error_detail": {"message": message, "hint": hint}}
-    move = Move(JobState.FAILED, "job_error", message, "error", values=values)
-    repository.transition(session, job.id, JobState.RUNNING, move, Job.fence == job.fence)
 
 
 def reap(session: Session, job: Job, why: str = "Its worker fell silent") -> bool:

@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     heartbeat_seconds: float = Field(5.0, gt=0, description="How often a worker says that a job is alive.")
     lease_seconds: float = Field(30.0, gt=0, description="Silence after which a job is given to another worker.")
     grace_seconds: float = Field(120.0, gt=0, description="Time that a run gets to save itself after SIGTERM.")
+    wake_seconds: float = Field(
+        120.0, ge=0, le=3600, description="How long a request waits for a model that is being woken or loaded."
+    )
     max_upload_bytes: int = Field(2 << 30, gt=0, description="Largest file that can be uploaded.")
     max_body_bytes: int = Field(1 << 20, gt=0, description="Largest JSON or YAML body.")
     min_free_bytes: int = Field(1 << 30, ge=0, description="Below this much free disk, new work is refused with 507.")

@@ -313,8 +313,6 @@ class TrainSpec(JobSpec):
             )
         if "merge" in self.then and not self.model.use_peft:
             raise conflict("then", "a full fine-tune leaves no adapter to merge", "Remove merge from then.")
-        if "deploy" in self.then and self.model.use_peft and "merge" not in self.then:
-            raise conflict("then", "an adapter is merged before it is served", "Write then: [merge, deploy].")
         return self
 
     def default_name(self) -> str:
@@ -326,24 +324,51 @@ class TrainSpec(JobSpec):
         return "_".join(parts)
 
 
+LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
+"""The sizes that vLLM makes room for."""
+
+
 class DeploymentOptions(Spec):
     """What may be said about the engine: a typed list, never a command line."""
 
-    engine: str = Field("vllm", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="Which engine file serves the model.")
+    engine: str = Field(
+        "auto",
+        pattern=r"^[a-z][a-z0-9_]{0,31}$",
+        description="Which engine file serves the model; auto = vllm, where there is none transformers.",
+    )
     max_model_len: int | None = Field(None, ge=16, le=1_048_576, description="Longest prompt plus answer in tokens.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="auto = by hardware.")
     gpu_memory_utilization: float = Field(0.9, gt=0.05, le=0.98, description="Share of a GPU that the engine may take.")
     tensor_parallel_size: int = Field(1, ge=1, le=1, description="GPUs that share one replica.")
     replicas: int = Field(1, ge=1, le=1, description="Copies of the engine.")
     start_timeout: int = Field(600, ge=10, le=7200, description="Seconds until a start counts as failed.")
+    idle_timeout: int | None = Field(
+        None,
+        ge=1,
+        le=2_592_000,
+        description="Seconds without a request after which the engine ends; the next wakes it.",
+    )
+    hot_load: bool | None = Field(
+        None,
+        description="Whether adapters can be loaded while it serves; default: when the model was not trained here.",
+    )
+    max_lora_rank: LoraRank = Field(64, description="Largest rank of an adapter; the engine keeps room for it.")
+    max_loras: int = Field(4, ge=1, le=64, description="Adapters that can share one batch.")
+    max_adapters: int = Field(
+        16, ge=1, le=1024, description="Adapters kept loaded; beyond that the least recently used one is put away."
+    )
 
 
 class DeploySpec(JobSpec, DeploymentOptions):
-    """Serve a model: the job succeeds when the deployment answers for the first time."""
+    """Serve a model or an adapter: the job succeeds when it answers for the first time under its name.
+
+    An adapter is loaded into a deployment of its base where that can be, else it is merged first.
+    """
 
     type: Literal["deploy"] = "deploy"
     model: ModelRef
     name: Name = Field(description="The model name that clients ask for.")
+    takes_adapters: ClassVar[bool] = True
 
 
 class ServeSpec(JobSpec, DeploymentOptions):

@@ -75,6 +75,17 @@ DEPLOYMENT_MOVES: dict[DeploymentState, frozenset[DeploymentState]] = {
 DEPLOYMENT_LIVE = frozenset(state for state, moves in DEPLOYMENT_MOVES.items() if moves)
 """Reachable by its name, or about to be."""
 
+
+class AdapterState(StrEnum):
+    """How far the engine of a deployment is with one of its adapters."""
+
+    WAITING = "waiting"
+    READY = "ready"
+    EVICTED = "evicted"
+    """Put away for others that were used more recently; the next request brings it back."""
+    FAILED = "failed"
+
+
 # How a runner ends when it leaves no result.json, and what an attempt's exit status says (sysexits(3) where it fits).
 DISK_FULL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT})
 EXIT_DONE = 0

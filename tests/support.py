@@ -65,3 +65,20 @@ def train_spec(model: str, file_id: str, **changes: Any) -> dict[str, Any]:
 
 # For what no database can change: once is enough.
 on_sqlite = pytest.mark.parametrize("backend", ["sqlite"])
+
+
+def make_lora_folder(folder: Path, rank: int = 2, config: dict[str, Any] | None = None) -> Path:
+    """A folder that looks like a plain LoRA of one module, as peft saves it."""
+    folder.mkdir(parents=True)
+    whole = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**whole, **(config or {})}))
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj."
+    shapes = {f"{prefix}lora_A.weight": [rank, 2], f"{prefix}lora_B.weight": [2, rank]}
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * shape[0] * shape[1]
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(at))
+    return folder

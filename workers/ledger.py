@@ -21,9 +21,9 @@ from app.db import Database, after_commit
 from app.errors import Code, RunError
 from app.jobs import repository
 from app.jobs.repository import Move
-from app.models import Artifact, Checkpoint, Job, new_id, now
+from app.models import Artifact, Checkpoint, Deployment, Job, new_id, now
 from app.queue import AnyDoorbell
-from app.states import JobState
+from app.states import DeploymentState, JobState
 from app.storage import Published, Storage
 from workers.checkpoints import RESUMABLE, best_of, score_of
 from workers.ladder import Rung, changed
@@ -267,6 +267,22 @@ class Ledger:
             reached("requeue.before_commit")
         reached("requeue.after_commit")
         return moved
+
+    @persistent
+    def sleep(self, deployment_id: str) -> bool:
+        """The engine ended because nobody used it: the replica's job waits, unless its deployment was woken since."""
+        with self._database.write() as session:
+            # Locked in the order in which waking locks them.
+            asleep = session.get_one(Deployment, deployment_id, with_for_update=True).status == DeploymentState.SLEEPING
+            values: dict[str, Any] = {
+                **repository.back_in_queue(),
+                "paused_at": now() if asleep else None,
+                "delay_seconds": 0.0,
+                "not_before": None,
+                "attempt": Job.attempt - 1,
+            }
+            move = Move(JobState.QUEUED, "engine_asleep", "Nobody used the engine; a request wakes it.", values=values)
+            return self._leave(session, move, Job.cancel_requested_at.is_(None))
 
     @persistent
     def adjust(self, rung: Rung, exit_code: int) -> bool:

@@ -68,9 +68,12 @@ class SlotWorker:
         log.info("worker %s: %s", self.house.worker_id, ", ".join(thread.slot_id for thread in self.threads))
 
     def ring(self) -> None:
-        """Wakes the idle slots."""
+        """Wakes the idle slots, the reconciler, and whoever keeps an engine."""
         for thread in self.threads:
             thread.bell.set()
+        self._reconciler.ring()
+        for bell in tuple(self.house.listeners):
+            bell.set()
 
     def stop(self) -> None:
         """Saves what runs, gives it back to the queue, and returns when nothing is left."""

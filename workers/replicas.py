@@ -1,20 +1,22 @@
 """One replica of a deployment: an engine kept alive on a slot, and the deployment's state kept true."""
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from app import parsers
 from app.artifacts.inspect import read_json, template_of
-from app.catalog import EngineLaunch
-from app.deployments import repository
+from app.catalog import Engine, EngineLaunch
+from app.deployments import loaded, repository
 from app.errors import AppError, Code, RunError
 from app.models import Deployment, now
 from app.specs import DeploymentOptions, ServeSpec
 from app.states import DeploymentState
 from workers.child import Child
 from workers.inputs import follow_model
+from workers.keeper import Keeper
 from workers.ledger import Flags, Line, persistent
 from workers.supervisor import Supervision
 
@@ -32,6 +34,7 @@ class ReplicaSupervision(Supervision):
         """From the claim to the settled row."""
         self._ready_since: float | None = None
         self._failure: Line = {}
+        self._keeper: Keeper | None = None
         spec = ServeSpec.model_validate(self.job.resolved_spec)
         if not self._move(DeploymentState.STARTING, spec, last_error=None):
             self.ledger.fail(RunError(Code.WRONG_STATE, "the deployment is stopped"))
@@ -39,30 +42,40 @@ class ReplicaSupervision(Supervision):
         try:
             with self.beating():  # hashing a large model takes longer than a lease
                 launch = self._launch(spec)
-            engine = self.house.catalog.engines[spec.engine]
+            engine = self._engine(spec)
             child = self.spawn("workers.replica", _attempt(spec, launch, engine.argv(launch), engine.env(launch)))
         except RunError as error:
             self._give_up(spec, error)
             return
         try:
-            flags = self.listen(child, lambda lines: self._hear(spec, launch, lines), stop_grace=GRACE_SECONDS + 5)
+            flags = self.listen(
+                child, lambda lines: self._hear(spec, launch, child, lines), stop_grace=GRACE_SECONDS + 5
+            )
             self._settle_replica(spec, child, flags)
         except BaseException:
             child.end(0)  # whatever went wrong here, no engine serves on unwatched
             raise
         finally:
+            if self._keeper is not None:
+                self._keeper.stop()
             child.close()
 
+    def _engine(self, spec: ServeSpec) -> Engine:
+        """The one that was asked for; auto = vllm where its environment is, else transformers in our own."""
+        installed = self.house.settings.engine_python is not None
+        name = spec.engine if spec.engine != "auto" else "vllm" if installed else "transformers"
+        if name not in self.house.catalog.engines:
+            raise RunError(Code.BAD_SPEC, f"this worker does not know the engine {name}")
+        return self.house.catalog.engines[name]
+
     def _launch(self, spec: ServeSpec) -> EngineLaunch:
-        settings = self.house.settings
-        if spec.engine not in self.house.catalog.engines:
-            raise RunError(Code.BAD_SPEC, f"this worker does not know the engine {spec.engine}")
-        python = settings.engine_python
+        settings, engine = self.house.settings, self._engine(spec)
+        python = Path(sys.executable) if engine.own_python else settings.engine_python
         if python is None:
             raise RunError(
                 Code.ENGINE_MISSING,
                 "there is no Python environment with vLLM",
-                hint="Run make setup, or set TUNESMITH_SERVE_PYTHON to an interpreter that has vLLM.",
+                hint="Run make setup, set TUNESMITH_SERVE_PYTHON, or deploy with engine: transformers.",
             )
         with self.house.database.read() as session:
             found = follow_model(session, settings, self.job, spec.model, "model")
@@ -75,12 +88,13 @@ class ReplicaSupervision(Supervision):
             )
         self._check_folder(found.folder, found.artifact.id if found.artifact else None)
         parsed = parsers.for_template(template_of(found.folder))
+        options = DeploymentOptions.model_validate(spec.model_dump(include=set(DeploymentOptions.model_fields)))
         return EngineLaunch(
             python=python,
             model_dir=found.folder,
             served_name=spec.name,
             socket=settings.sockets / f"{self.job.id[4:12]}{self.job.fence % 10_000}.s",
-            options=DeploymentOptions.model_validate(spec.model_dump(include=set(DeploymentOptions.model_fields))),
+            options=options.model_copy(update={"hot_load": bool(options.hot_load) and engine.hot_load}),
             has_gpu=self.gpu is not None,
             dtype=_dtype(spec.dtype, has_gpu=self.gpu is not None),
             cpu_threads=len(os.sched_getaffinity(0)),
@@ -106,7 +120,7 @@ class ReplicaSupervision(Supervision):
                     hint="The files were changed after the job; run the job again.",
                 )
 
-    def _hear(self, spec: ServeSpec, launch: EngineLaunch, lines: list[Line]) -> None:
+    def _hear(self, spec: ServeSpec, launch: EngineLaunch, child: Child, lines: list[Line]) -> None:
         for line in lines:
             if line["kind"] != "status":
                 continue
@@ -114,11 +128,19 @@ class ReplicaSupervision(Supervision):
                 self._ready_since = self._ready_since or time.monotonic()
                 self._move(DeploymentState.READY, spec, socket=str(launch.socket), ready_at=now())
                 self._note("engine_ready", f"The engine answers, {line.get('seconds')} s after its start.", "info")
+                self._keep(spec, launch, child)
             elif line.get("status") == "unhealthy":
                 self._move(DeploymentState.UNHEALTHY, spec)
                 self._note("engine_unhealthy", "The engine did not answer a probe.", "warn")
             elif line.get("status") == "failed":
                 self._failure = line
+
+    def _keep(self, spec: ServeSpec, launch: EngineLaunch, child: Child) -> None:
+        """From the engine's first answer on, it is made to follow its rows."""
+        if self._keeper is None:
+            busy = self._engine(spec).busy
+            self._keeper = Keeper(self.house, self.job, spec.deployment_id, launch, busy, self._note, child.ask_to_stop)
+            self._keeper.start()
 
     @persistent
     def _note(self, code: str, message: str, level: str) -> None:
@@ -128,7 +150,10 @@ class ReplicaSupervision(Supervision):
     @persistent
     def _move(self, to: DeploymentState, spec: ServeSpec, **values: Any) -> bool:
         with self.house.database.write() as session:
-            return repository.transition(session, spec.deployment_id, to, replica=self.job.id, **values)
+            moved = repository.transition(session, spec.deployment_id, to, replica=self.job.id, **values)
+            if moved and to is DeploymentState.STARTING:
+                loaded.none_is_loaded(session, spec.deployment_id)
+            return moved
 
     def _settle_replica(self, spec: ServeSpec, child: Child, flags: Flags) -> None:
         status = child.process.wait()
@@ -141,6 +166,8 @@ class ReplicaSupervision(Supervision):
         if self.house.stopping.is_set():
             self._move(DeploymentState.QUEUED, spec, socket=None)
             self.ledger.requeue("job_interrupted", "The worker is stopping; the engine starts again.", give_back=True)
+        elif self._keeper is not None and self._keeper.slept:
+            self.ledger.sleep(spec.deployment_id)
         else:
             self._restart(spec, child, status)
         self.ledger.cancelled("The engine was stopped.")

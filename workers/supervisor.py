@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class House:
     worker_id: str
     stopping: threading.Event
     spares: Spares | None = None
+    listeners: set[threading.Event] = field(default_factory=set)
+    """Set by every ring of the doorbell: something may have changed in the database."""
 
 
 class Supervision:

@@ -61,8 +61,11 @@ class Traffic:
             earlier = deployments.serving(session, project_id, _before(session, alias) or "")
         if not (main or canary or earlier):
             return None
-        routes = [self._first_ready(names, project_id) for names in (main, canary, earlier)]
+        waking: list[AppError] = []
+        routes = [self._first_ready(names, project_id, waking) for names in (main, canary, earlier)]
         if not any(routes):
+            if waking:  # worth waiting for
+                raise waking[0]
             raise Unavailable(
                 f"what the alias {name} points to is not ready",
                 retry_after=5,
@@ -72,12 +75,13 @@ class Traffic:
         # Until what it was moved to is up, what it pointed to before goes on answering.
         return Split(name, routes[0] or routes[2], routes[1], alias.canary_percent or 0)
 
-    def _first_ready(self, names: Sequence[str], project_id: str) -> Route | None:
+    def _first_ready(self, names: Sequence[str], project_id: str, waking: list[AppError]) -> Route | None:
         for name in names:
             try:
                 return self._deployed(name, project_id)
-            except AppError:
-                continue
+            except AppError as error:
+                if error.code is Code.MODEL_WAKING:
+                    waking.append(error)
         return None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, String, and_, cast, delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from app.models import Alias, Artifact, ArtifactTag, Checkpoint, DeletedArtifact, Deployment, Job
+from app.models import Alias, Artifact, ArtifactTag, Checkpoint, DeletedArtifact, Deployment, DeploymentAdapter, Job
 from app.states import DEPLOYMENT_LIVE, TERMINAL
 
 
@@ -66,6 +66,14 @@ def users(session: Session, artifact: Artifact) -> list[str]:
                 Deployment.artifact_id == artifact.id,
                 Deployment.status.in_(DEPLOYMENT_LIVE),
             )
+        )
+    ]
+    found += [
+        f"deployment {row.name} ({row.id}), which has it as the adapter {name}"
+        for row, name in session.execute(
+            select(Deployment, DeploymentAdapter.name)
+            .join(DeploymentAdapter, DeploymentAdapter.deployment_id == Deployment.id)
+            .where(DeploymentAdapter.artifact_id == artifact.id, Deployment.status.in_(DEPLOYMENT_LIVE))
         )
     ]
     named = [f"artifact:{artifact.id}"] + ([f"job:{artifact.job_id}"] if artifact.job_id else [])

@@ -58,8 +58,12 @@ def everything(catalog: Catalog, settings: Settings) -> CapabilitiesOut:
         ],
         merge_methods=sorted(catalog.merges),
         engines=[
-            InstalledOut(name=name, installed=settings.engine_python is not None, needs="TUNESMITH_SERVE_PYTHON")
-            for name in sorted(catalog.engines)
+            InstalledOut(
+                name=name,
+                installed=engine.own_python or settings.engine_python is not None,
+                needs=None if engine.own_python else "TUNESMITH_SERVE_PYTHON",
+            )
+            for name, engine in sorted(catalog.engines.items())
         ],
         job_types=catalog.job_types(),
         cells=[_shown(cell, catalog) for cell in table.cells(catalog)],

@@ -223,7 +223,8 @@ def _spec(file_id: str) -> dict[str, Any]:
 
 
 def _base_deployment() -> dict[str, Any]:
-    return {"type": "deploy", "model": BASE_NAME, "name": NAMES[1], "experiment_name": NAMES[1], "max_model_len": 512}
+    names = {"name": NAMES[1], "experiment_name": NAMES[1]}
+    return {"type": "deploy", "model": BASE_NAME, **names, "max_model_len": 512, "hot_load": False}
 
 
 def _followers(client: Client, job_id: str) -> dict[str, str]:

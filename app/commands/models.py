@@ -50,6 +50,28 @@ def list_deployments(limit: int = 20, json: AsJson = False) -> None:
 
 
 @group.command()
+def load(
+    deployment_id: str,
+    adapter: Annotated[str, typer.Argument(help="A registered name, artifact:<id>, or a path.")],
+    name: Annotated[str | None, typer.Option(help="The model name that clients ask for.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Loads an adapter into a deployment of its base, while it serves."""
+    with service() as client:
+        body = {"adapter": folders.reference(client, adapter), "name": name}
+        answer = client.call("POST", f"/deployments/{deployment_id}/adapters", json=body)
+    as_json(answer) if json else out.print(f"{answer['name']} is being loaded", markup=False)
+
+
+@group.command()
+def unload(deployment_id: str, name: str) -> None:
+    """Takes an adapter off a deployment."""
+    with service() as client:
+        client.call("DELETE", f"/deployments/{deployment_id}/adapters/{name}")
+    out.print(f"{name} is no longer served", markup=False)
+
+
+@group.command()
 def stop(deployment_id: str) -> None:
     """Stops a deployment."""
     with service() as client:

@@ -3,10 +3,10 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Select, and_, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from app.models import Deployment, Job, now
+from app.models import Deployment, DeploymentAdapter, Job, now
 from app.states import DEPLOYMENT_LIVE, DEPLOYMENT_MOVES, TERMINAL, DeploymentState
 
 
@@ -34,8 +34,8 @@ def live(session: Session, project_id: str) -> Sequence[Deployment]:
 
 
 def serving(session: Session, project_id: str, artifact_id: str) -> Sequence[str]:
-    """Names under which an artifact is served or about to be; the newest first."""
-    return session.scalars(
+    """Names under which an artifact is served or about to be: deployments of its own, then as an adapter of others."""
+    own = (
         select(Deployment.name)
         .where(
             Deployment.project_id == project_id,
@@ -43,7 +43,18 @@ def serving(session: Session, project_id: str, artifact_id: str) -> Sequence[str
             Deployment.status.in_(DEPLOYMENT_LIVE),
         )
         .order_by(Deployment.created_at.desc())
-    ).all()
+    )
+    loaded = (
+        select(DeploymentAdapter.name)
+        .join(Deployment, Deployment.id == DeploymentAdapter.deployment_id)
+        .where(
+            DeploymentAdapter.project_id == project_id,
+            DeploymentAdapter.artifact_id == artifact_id,
+            Deployment.status.in_(DEPLOYMENT_LIVE),
+        )
+        .order_by(DeploymentAdapter.created_at.desc())
+    )
+    return [*session.scalars(own), *session.scalars(loaded)]
 
 
 def page(session: Session, project_id: str, limit: int, after: Deployment | None) -> Sequence[Deployment]:
@@ -75,15 +86,29 @@ def transition(
     *,
     replica: str | None = None,
     only_from: Collection[DeploymentState] | None = None,
+    guard: Sequence[ColumnElement[bool]] = (),
     **values: Any,
 ) -> bool:
     """Moves a deployment if the table allows it from where it is, and if ``replica`` still serves it."""
     origins = [state for state, targets in DEPLOYMENT_MOVES.items() if to in targets or state == to]
-    guards = [Deployment.id == deployment_id, Deployment.status.in_(set(origins) & set(only_from or origins))]
+    guards = [*guard, Deployment.id == deployment_id, Deployment.status.in_(set(origins) & set(only_from or origins))]
     if replica is not None:
         guards.append(Deployment.replica_job_id == replica)
     if to in (DeploymentState.STOPPED, DeploymentState.FAILED):
         values |= {"stopped_at": now(), "socket": None}
     moved = session.scalar(update(Deployment).where(*guards).values({"status": to, **values}).returning(Deployment.id))
+    if moved is not None and to in (DeploymentState.STOPPED, DeploymentState.FAILED):
+        # Their names are free again.
+        session.execute(delete(DeploymentAdapter).where(DeploymentAdapter.deployment_id == deployment_id))
     session.expire_all()
     return moved is not None
+
+
+def wake(session: Session, row: Deployment) -> bool:
+    """A deployment that sleeps is to serve again; its replica's job goes on. False when it does not sleep any more."""
+    if not transition(session, row.id, DeploymentState.QUEUED, only_from=[DeploymentState.SLEEPING]):
+        return False
+    # Whatever the job is doing: a replica that is still ending finds its deployment awake, and starts again.
+    session.execute(update(Job).where(Job.id == row.replica_job_id).values(paused_at=None, eligible_at=now()))
+    session.expire_all()
+    return True

@@ -1,12 +1,53 @@
 """Deployments as the API shows them."""
 
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
-from app.models import Deployment
-from app.specs import DeploymentOptions, ModelRef, Name
+from app.models import Deployment, DeploymentAdapter
+from app.specs import AdapterRef, DeploymentOptions, ModelRef, Name, Spec
+
+
+class AdapterIn(Spec):
+    """An adapter to be loaded beside the model that it was trained on."""
+
+    model_config = {"json_schema_extra": {"examples": [{"adapter": "support_lora:v2", "name": "support"}]}}
+    adapter: AdapterRef
+    name: Name | None = Field(None, description="The model name that clients ask for; default the artifact's name.")
+
+
+class AdapterOut(BaseModel):
+    """An adapter of a deployment."""
+
+    object: Literal["deployment.adapter"] = "deployment.adapter"
+    name: str = Field(description="The model name that clients ask for.")
+    adapter: str = Field(description="The reference, pinned.")
+    artifact_id: str | None
+    status: Literal["waiting", "ready", "evicted", "failed"] = Field(
+        description="waiting = to be loaded; evicted = put away, the next request brings it back."
+    )
+    effect: bool | None = Field(description="Whether it answers otherwise than its base; false is worth a look.")
+    error: dict[str, Any] | None
+    loaded_at: datetime | None
+
+    @classmethod
+    def of(cls, row: DeploymentAdapter) -> "AdapterOut":
+        """From its row."""
+        return cls(
+            name=row.name,
+            adapter=row.model,
+            artifact_id=row.artifact_id,
+            status=row.status,
+            effect=row.effect,
+            error=row.error,
+            loaded_at=row.loaded_at,
+        )
+
+
+def _named(value: Any) -> Any:
+    return {"adapter": value} if isinstance(value, str) else value
 
 
 class DeploymentIn(DeploymentOptions):
@@ -17,6 +58,9 @@ class DeploymentIn(DeploymentOptions):
     }
     name: Name = Field(description="The model name that clients ask for.")
     model: ModelRef
+    adapters: list[Annotated[AdapterIn, BeforeValidator(_named)]] = Field(
+        default_factory=list, max_length=256, description="Loaded beside the model, each under a name of its own."
+    )
 
 
 class ReplicaOut(BaseModel):
@@ -37,7 +81,7 @@ class DeploymentOut(BaseModel):
     artifact_id: str | None
     desired: Literal["running", "sleeping", "stopped"]
     status: Literal["queued", "starting", "ready", "unhealthy", "sleeping", "stopped", "failed"]
-    adapters: list[dict[str, Any]] = Field(default_factory=list)
+    adapters: list[AdapterOut]
     replicas: list[ReplicaOut]
     endpoint: str = Field(description="Where an OpenAI client talks to it; model = name.")
     options: dict[str, Any]
@@ -47,8 +91,8 @@ class DeploymentOut(BaseModel):
     ready_at: datetime | None
 
     @classmethod
-    def of(cls, row: Deployment, base_url: str) -> "DeploymentOut":
-        """From its row."""
+    def of(cls, row: Deployment, base_url: str, adapters: Sequence[DeploymentAdapter] = ()) -> "DeploymentOut":
+        """From its row and those of its adapters."""
         replicas = (
             [ReplicaOut(id=row.replica_job_id, status=row.status, started_at=row.ready_at)]
             if row.replica_job_id and row.status not in ("stopped", "failed")
@@ -61,6 +105,7 @@ class DeploymentOut(BaseModel):
             artifact_id=row.artifact_id,
             desired=row.desired,
             status=row.status,
+            adapters=[AdapterOut.of(adapter) for adapter in adapters],
             replicas=replicas,
             endpoint=f"{base_url}/v1",
             options=row.options,

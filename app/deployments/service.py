@@ -1,84 +1,28 @@
 """What can be done with deployments: start, stop, find the engine that serves a name."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from app.artifacts import inspect, references
 from app.catalog import Catalog
-from app.db import Database
-from app.deployments import repository
+from app.deployments import hotload, loaded, repository
+from app.deployments.adapters import Looked, attach, check_free, existing
+from app.deployments.routes import Route, Router
 from app.deployments.schemas import DeploymentIn, DeploymentOut
-from app.errors import BadRequest, Code, Conflict, NotFound, Unavailable
+from app.errors import BadRequest, Code
 from app.jobs import live
 from app.jobs import repository as jobs
 from app.jobs.repository import Move
-from app.models import Deployment, Job, new_id, now
+from app.models import Deployment, DeploymentAdapter, Job, new_id, now
 from app.paging import Page, page_of
 from app.settings import Settings
 from app.specs import DeploymentOptions, ServeSpec
 from app.states import DeploymentState, Desired, JobState
 
+__all__ = ["Route", "Router"]
 _MAX_RESTARTS = 10_000  # a replica's attempts are counted on its deployment
-
-
-@dataclass(frozen=True)
-class Route:
-    """Where requests for a model name go."""
-
-    socket: str
-    served_name: str
-    deployment_id: str
-
-
-class Router:
-    """Finds the engine that serves a name; for the gateway."""
-
-    def __init__(self, database: Database, settings: Settings) -> None:
-        self._database = database
-        self._settings = settings
-
-    def route_for(self, model: str, project_id: str) -> Route:
-        """Raises NotFound for a name that nobody serves, Unavailable while its engine starts."""
-        if model.endswith(live.SUFFIX):
-            return self._live_route(model, project_id)
-        with self._database.read() as session:
-            row = repository.live_by_name(session, project_id, model)
-        if row is None:
-            raise NotFound(
-                f"the model {model[:128]!r} is not being served",
-                param="model",
-                code=Code.MODEL_NOT_FOUND,
-                hint="GET /v1/models lists what is; POST /deployments starts more.",
-            )
-        if row.socket is None or row.status not in (DeploymentState.READY, DeploymentState.UNHEALTHY):
-            raise Unavailable(
-                f"the model {model} is {row.status}", retry_after=5, code=Code.MODEL_NOT_READY, hint="Try again soon."
-            )
-        return Route(row.socket, row.name, row.id)
-
-    def _live_route(self, model: str, project_id: str) -> Route:
-        """To a run in training, by its id or its experiment name; of several of one name to the newest."""
-        name = model.removesuffix(live.SUFFIX)
-        with self._database.read() as session:
-            found = [job.id for job in live.in_training(session, project_id, name)]
-        if not found:
-            raise NotFound(
-                f"no run {name[:128]!r} is in training",
-                param="model",
-                code=Code.MODEL_NOT_FOUND,
-                hint=f"NAME{live.SUFFIX} asks a run while it trains; NAME is its id or its experiment_name.",
-            )
-        socket = live.live_socket(self._settings, found[0])
-        if not socket.exists():
-            raise Unavailable(
-                f"the run {name} has not begun its steps, or cannot answer between them",
-                retry_after=5,
-                code=Code.MODEL_NOT_READY,
-                hint="Its events tell how far it is.",
-            )
-        return Route(str(socket), model, found[0])
 
 
 def create(
@@ -91,21 +35,16 @@ def create(
     name: str,
     model: str,
     options: DeploymentOptions,
+    adapters: Sequence[Looked] = (),
 ) -> Deployment:
-    """A deployment and the job of its first replica. Raises Conflict when the name is served already."""
-    if options.engine not in catalog.engines:
-        names = ", ".join(catalog.engines)
-        raise BadRequest(f"engine {options.engine!r} is unknown", param="engine", hint=f"One of: {names}.")
-    taken = repository.live_by_name(session, project_id, name)
-    if taken is not None:
-        raise Conflict(
-            f"a deployment named {name} is {taken.status}",
-            param="name",
-            code=Code.NAME_TAKEN,
-            hint=f"Choose another name, or DELETE /deployments/{taken.id} first.",
-        )
+    """A deployment and the job of its first replica. Raises Conflict when a name is served already."""
+    catalog.check_engine(options.engine)
+    check_free(session, project_id, name)
     found = references.resolve(session, settings, project_id, model, param="model")
     check_servable(found)
+    kept = options.model_dump(mode="json", include=set(DeploymentOptions.model_fields))
+    if options.hot_load is None:
+        kept["hot_load"] = bool(adapters) or hotload.is_base(session, found)
     row = Deployment(
         id=new_id("dep"),
         project_id=project_id,
@@ -113,10 +52,12 @@ def create(
         name=name,
         model=found.pinned,
         artifact_id=found.artifact.id if found.artifact else None,
-        options=options.model_dump(mode="json", include=set(DeploymentOptions.model_fields)),
+        options=kept,
     )
     session.add(row)
     session.flush()
+    for number, adapter in enumerate(adapters):
+        attach(session, row, adapter, key_id, param=f"adapters.{number}.adapter")
     row.replica_job_id = _add_replica(session, row).id
     session.flush()
     return row
@@ -140,10 +81,10 @@ def check_servable(found: references.Resolved) -> None:
         )
     if inspect.looks_like_adapter(found.folder):
         raise BadRequest(
-            "model: an adapter is merged before it is served",
+            "model: this is an adapter, and a deployment serves a whole model",
             param="model",
             code=Code.MODEL_INVALID,
-            hint='Submit {"type": "merge", "adapter": …} and deploy its result.',
+            hint="Name its base as model and the adapter among adapters, or submit a deploy job.",
         )
     inspect.read_json(found.folder / "config.json", "model")
 
@@ -172,13 +113,13 @@ def _add_replica(session: Session, row: Deployment) -> Job:
 
 def stop(session: Session, project_id: str, deployment_id: str) -> DeploymentOut:
     """Asks for the end; an engine that runs is stopped by its worker. Stopping twice is fine."""
-    row = _existing(session, project_id, deployment_id, "deployment_id")
+    row = existing(session, project_id, deployment_id)
     if row.status not in (DeploymentState.STOPPED, DeploymentState.FAILED):
         row.desired = Desired.STOPPED
         session.flush()
         stop_replica(session, row)
     session.refresh(row)
-    return DeploymentOut.of(row, "")
+    return _shown(session, "", [row])[0]
 
 
 def stop_replica(session: Session, row: Deployment) -> None:
@@ -214,20 +155,31 @@ def settle_orphans(session: Session) -> None:
 
 def show(session: Session, settings: Settings, project_id: str, deployment_id: str) -> DeploymentOut:
     """One deployment. Raises NotFound."""
-    return DeploymentOut.of(_existing(session, project_id, deployment_id, "deployment_id"), settings.base_url)
+    return _shown(session, settings.base_url, [existing(session, project_id, deployment_id)])[0]
 
 
 def listing(
     session: Session, settings: Settings, project_id: str, limit: int, after: str | None
 ) -> Page[DeploymentOut]:
     """Newest first."""
-    cursor = _existing(session, project_id, after, "after") if after else None
+    cursor = existing(session, project_id, after, "after") if after else None
     rows = repository.page(session, project_id, limit, cursor)
-    return page_of([DeploymentOut.of(row, settings.base_url) for row in rows], limit, [row.id for row in rows])
+    return page_of(_shown(session, settings.base_url, rows), limit, [row.id for row in rows])
+
+
+def _shown(session: Session, base_url: str, rows: Sequence[Deployment]) -> list[DeploymentOut]:
+    adapters = loaded.of(session, [row.id for row in rows])
+    return [DeploymentOut.of(row, base_url, adapters[row.id]) for row in rows]
 
 
 def create_from(
-    session: Session, settings: Settings, catalog: Catalog, project_id: str, key_id: str, body: DeploymentIn
+    session: Session,
+    settings: Settings,
+    catalog: Catalog,
+    project_id: str,
+    key_id: str,
+    body: DeploymentIn,
+    adapters: Sequence[Looked],
 ) -> DeploymentOut:
     """``POST /deployments``."""
     row = create(
@@ -239,12 +191,16 @@ def create_from(
         name=body.name,
         model=body.model,
         options=body,
+        adapters=adapters,
     )
-    return DeploymentOut.of(row, settings.base_url)
+    return _shown(session, settings.base_url, [row])[0]
 
 
 def served_models(session: Session, project_id: str) -> list[dict[str, Any]]:
-    """What ``/v1/models`` lists: everything with a name that is served or about to be, and the runs in training."""
+    """What ``/v1/models`` lists: what has a name and is served or about to be, and runs in training.
+
+    An adapter has a parent, and a run its job as root.
+    """
     training = [
         {
             "id": f"{job.experiment_name}{live.SUFFIX}",
@@ -257,6 +213,12 @@ def served_models(session: Session, project_id: str) -> list[dict[str, Any]]:
         }
         for job in live.in_training(session, project_id)
     ]
+    entries: list[tuple[Deployment | DeploymentAdapter, str | None, str]] = [
+        (row, None, row.status) for row in repository.live(session, project_id)
+    ]
+    for adapter, row in loaded.live(session, project_id):
+        answers = row.status in (DeploymentState.READY, DeploymentState.UNHEALTHY)
+        entries.append((adapter, row.name, adapter.status if answers else row.status))
     return training + [
         {
             "id": row.name,
@@ -264,15 +226,8 @@ def served_models(session: Session, project_id: str) -> list[dict[str, Any]]:
             "created": int(row.created_at.timestamp()),
             "owned_by": row.project_id,
             "root": row.model,
-            "parent": None,
-            "status": row.status,
+            "parent": parent,
+            "status": status,
         }
-        for row in repository.live(session, project_id)
+        for row, parent, status in entries
     ]
-
-
-def _existing(session: Session, project_id: str, deployment_id: str, param: str) -> Deployment:
-    row = repository.get(session, project_id, deployment_id)
-    if row is None:
-        raise NotFound(f"there is no deployment {deployment_id}", param=param)
-    return row

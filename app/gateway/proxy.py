@@ -5,6 +5,7 @@ import io
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import aiohttp
 import anyio
@@ -16,6 +17,7 @@ from app.gateway import refusals
 from app.gateway.requests import EngineRequest
 from app.gateway.tally import Tally
 from app.gateway.upstream import Upstream
+from app.gateway.waking import awake
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +36,14 @@ _KEEP_ALIVE = 2.0
 class EngineClient:
     """Connections to the engines, and where they are. One per application; ``close`` it at the end."""
 
-    def __init__(self, reads_tools: ReadsTools = lambda _: True, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        reads_tools: ReadsTools = lambda _: True,
+        clock: Callable[[], float] = time.monotonic,
+        wake_seconds: float = 0.0,
+    ) -> None:
         self._reads_tools = reads_tools
+        self._wake_seconds = wake_seconds
         self._clock = clock
         self._sessions: dict[str, tuple[str, aiohttp.ClientSession]] = {}
         self._routes: dict[tuple[str, str], tuple[float, Route | Split]] = {}
@@ -57,12 +65,17 @@ class EngineClient:
         Raises what ``find`` raises, BadRequest for what the engine refuses, BadGateway and Unavailable for the rest.
         """
         for last in (False, True):
+            unreachable: Exception | None = None
             for route in await self._candidates(body, project_id, find, request_id):
                 if body.has_tools:
                     await self._require_tools(route, body.model)
                 tally.model = route.served_name
                 try:
                     response = await self._send(path, body, route, request_id)
+                    if response.status == 404 and not last:
+                        # An adapter that was put away since the route was learned; asking for the way brings it back.
+                        response.close()
+                        break
                     return await self._answered(response, path, body, project_id, route, tally)
                 except aiohttp.ClientConnectorError as error:
                     # Nothing was sent: another target of the alias may take it.
@@ -145,7 +158,7 @@ class EngineClient:
 
     async def _look_again(self, key: tuple[str, str], find: FindRoute) -> None:
         try:
-            await self._look(key, find)
+            await self._look(key, find, patient=False)
         except Exception as error:
             # Whoever asks next looks for himself, and is told.
             log.info("a route is looked up anew: %s", type(error).__name__)
@@ -153,9 +166,10 @@ class EngineClient:
         finally:
             del self._looking[key]
 
-    async def _look(self, key: tuple[str, str], find: FindRoute) -> Route | Split:
+    async def _look(self, key: tuple[str, str], find: FindRoute, *, patient: bool = True) -> Route | Split:
         project_id, model = key
-        found = await anyio.to_thread.run_sync(find, model, project_id)
+        seconds = self._wake_seconds if patient else 0.0
+        found = await awake(partial(anyio.to_thread.run_sync, find, model, project_id), seconds, self._clock)
         if len(self._routes) >= _MAX_ROUTES:
             self._routes.clear()
         self._routes[key] = (self._clock() + ROUTE_SECONDS, found)

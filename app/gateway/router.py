@@ -1,5 +1,6 @@
 """OpenAI's and Anthropic's routes that ask a model: passed on to the engine that serves it."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -15,6 +16,7 @@ from app.gateway.proxy import FindRoute
 from app.gateway.requests import EngineRequest
 from app.gateway.schemas import ChatRequest, CompletionRequest
 from app.gateway.upstream import EventStream, until_gone
+from app.gateway.waking import within
 from app.projects.caller import Caller
 
 MAX_BODY = 10 << 20
@@ -23,7 +25,7 @@ CLIENT_CLOSED_REQUEST = 499
 
 async def find_route(rooms: RoomsDep) -> FindRoute:
     """How a model's engine is found; a dependency, so that a test can put its own in its place."""
-    return Traffic(rooms.database, Router(rooms.database, rooms.settings).route_for).find
+    return Traffic(rooms.database, Router(rooms.database, rooms.doorbell.ring, rooms.settings).route_for).find
 
 
 FindRouteDep = Annotated[FindRoute, Depends(find_route)]
@@ -114,12 +116,15 @@ async def _body(request: Request) -> bytes:
 
 async def _complete(request: Request, body: EngineRequest, caller: Caller, find: FindRoute) -> Response:
     desk: Desk = request.app.state.desk
-    asked = await until_gone(request.receive, desk.ask(request.url.path, body, caller, find, request.state.request_id))
-    if asked is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    upstream, permit = asked
+    asked = desk.ask(request.url.path, body, caller, find, request.state.request_id)
     if body.streamed:
-        return EventStream(upstream, permit.headers)
+        coming = asyncio.ensure_future(asked)
+        found = await until_gone(request.receive, within(coming, anthropic=body.anthropic))
+        return EventStream(*found) if found is not None else Response(status_code=CLIENT_CLOSED_REQUEST)
+    asked_for = await until_gone(request.receive, asked)
+    if asked_for is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    upstream, permit = asked_for
     answer = await until_gone(request.receive, upstream.json())
     if answer is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

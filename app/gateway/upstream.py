@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 from starlette.responses import Response
@@ -107,12 +107,24 @@ class Upstream:
         return self._name.sub(lambda match: b'"model"' + match[1] + self._named, body, count=1)
 
 
+class Events(Protocol):
+    """An answer as it comes."""
+
+    def events(self) -> AsyncIterator[bytes]:
+        """Whole server-sent events."""
+        ...
+
+    def end(self) -> None:
+        """Hangs up."""
+        ...
+
+
 class EventStream(Response):
     """Passes events on as they come; a client that leaves ends the engine's work at once, also between two events."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, upstream: Upstream, headers: Mapping[str, str]) -> None:
+    def __init__(self, upstream: Events, headers: Mapping[str, str]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
         self._upstream = upstream

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from app.errors import BadRequest, Code
-from app.specs import DeploySpec, JobSpec
+from app.specs import JobSpec
 
 Left = Literal["adapter", "model", "reward", "gguf"]
 _MODEL_MAKERS = ("merge", "import", "quantize")
@@ -46,10 +46,7 @@ def check(consumer: JobSpec, path: str, field_kind: str, source: str, left: Left
     if field_kind == "model" and left == "reward":
         raise _refused(path, source, "leaves a reward model, which generates nothing", "Name a model or an adapter.")
     if field_kind == "model" and left == "adapter" and not consumer.takes_adapters:
-        merged = "Merge it first: name a job of type merge."
-        if isinstance(consumer, DeploySpec):
-            merged = f'Merge it first: submit {{"type": "merge", "adapter": "{source}"}} and deploy its result.'
-        raise _refused(path, source, "leaves an adapter", merged)
+        raise _refused(path, source, "leaves an adapter", "Merge it first: name a job of type merge.")
 
 
 def takes_gguf(consumer: JobSpec) -> bool:

@@ -18,8 +18,8 @@ from app import fit
 from app.artifacts import inspect, references
 from app.artifacts import repository as artifacts
 from app.catalog import Catalog
-from app.deployments import repository as deployments
-from app.errors import BadRequest, Code, Conflict, IdempotencyKeyReused, InsufficientStorage, NotFound
+from app.deployments.adapters import check_free
+from app.errors import BadRequest, Code, IdempotencyKeyReused, InsufficientStorage, NotFound
 from app.files import repository as files
 from app.files.rows import CHATS
 from app.jobs import continuing, estimate, exporting, judges, kinds, merging, pushing, repository
@@ -243,17 +243,8 @@ class Submission:
             storage = Storage(self._settings.data_dir)
             continuing.check(self._session, storage, self._caller.project_id, spec, resolved)
         if isinstance(spec, DeploySpec):
-            if spec.engine not in self._catalog.engines:
-                names = ", ".join(self._catalog.engines)
-                raise BadRequest(f"engine {spec.engine!r} is unknown", param="engine", hint=f"One of: {names}.")
-            live = deployments.live_by_name(self._session, self._caller.project_id, spec.name)
-            if live is not None:
-                raise Conflict(
-                    f"a deployment named {spec.name} is {live.status}",
-                    param="name",
-                    code=Code.NAME_TAKEN,
-                    hint=f"Choose another name, or DELETE /deployments/{live.id} first.",
-                )
+            self._catalog.check_engine(spec.engine)
+            check_free(self._session, self._caller.project_id, spec.name)
         return waits
 
     def _check_start(self, spec: TrainSpec, found: references.Resolved, path: str) -> None:
@@ -277,9 +268,7 @@ class Submission:
         kinds.check(spec, path, kind, value, left, source.type)
 
     def _check_deployable(self, found: references.Resolved, path: str) -> None:
-        """An engine serves what lies here, and whole models only."""
-        if found.folder and inspect.looks_like_adapter(found.folder):
-            raise _unmerged(f"{path}: this is an adapter", path, f'"{found.pinned}"')
+        """An engine serves what lies here."""
         if found.hub is None:
             return
         rows = artifacts.page(self._session, self._caller.project_id, 1000, None, [Artifact.kind == "model"])
@@ -348,15 +337,6 @@ def made_up_name(spec: JobSpec) -> str:
     """What a spec calls itself, in the letters that a name may have, and today's date."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", spec.default_name()).lstrip("._-")
     return f"{(plain or spec.type)[:54]}_{now():%Y%m%d}"
-
-
-def _unmerged(message: str, path: str, adapter: str) -> BadRequest:
-    return BadRequest(
-        message,
-        param=path,
-        code=Code.MODEL_INVALID,
-        hint=f'Merge it first: submit {{"type": "merge", "adapter": {adapter}}} and deploy its result.',
-    )
 
 
 def check_disk(settings: Settings) -> None:

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, Integer, text
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, Integer, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models.base import Base, Owned, now
@@ -41,6 +41,29 @@ class Deployment(Owned, Base):
     last_error: Mapped[dict[str, Any] | None]
     ready_at: Mapped[datetime | None]
     stopped_at: Mapped[datetime | None]
+    used_at: Mapped[datetime | None]
+    """When a request last asked for it, to within some seconds."""
+
+
+class DeploymentAdapter(Owned, Base):
+    """An adapter that a deployment of its base is to have: what the user wants, and how far the engine is."""
+
+    __tablename__ = "deployment_adapter"
+    __table_args__ = (
+        CheckConstraint("status IN ('waiting','ready','evicted','failed')", name="status"),
+        UniqueConstraint("project_id", "name"),
+    )
+    deployment_id: Mapped[str] = mapped_column(ForeignKey("deployment.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str]
+    """The reference, pinned."""
+    artifact_id: Mapped[str | None] = mapped_column(index=True)
+    status: Mapped[str] = mapped_column(default="waiting")
+    effect: Mapped[bool | None]
+    """Whether its answers differ from the base's; None = not looked at yet."""
+    error: Mapped[dict[str, Any] | None]
+    loaded_at: Mapped[datetime | None]
+    used_at: Mapped[datetime | None]
 
 
 class Worker(Base):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from typer.testing import CliRunner, Result
@@ -18,7 +20,9 @@ from app.db import Database
 from app.main import create_app
 from app.models import DEFAULT_PROJECT, Deployment, Slot, Worker
 from app.settings import Settings
-from tests.support import GOOD_JSONL, wait_for
+from app.storage import Storage
+from tests.artifacts import publish
+from tests.support import GOOD_JSONL, make_lora_folder, make_model_folder, wait_for
 
 
 @pytest.fixture
@@ -222,3 +226,18 @@ def test_models_side_by_side_and_what_that_used(
 
     wait_for(lambda: used() == {"base": 2, "tuned": 1})
     assert "tuned" in cli("usage").stdout
+
+
+def test_an_adapter_is_loaded_and_taken_off(
+    cli: Callable[..., Result], database: Database, storage: Storage, tmp_path: Path
+) -> None:
+    base = publish(database, storage, make_model_folder(tmp_path / "base"), "base", "model")
+    publish(database, storage, make_lora_folder(tmp_path / "lora"), "support", "adapter", base=f"artifact:{base}")
+    with httpx.Client(base_url=os.environ["TUNESMITH_URL"]) as client:
+        client.headers["authorization"] = f"Bearer {os.environ['TUNESMITH_API_KEY']}"
+        deployment = client.post("/deployments", json={"name": "plain", "model": "base"}).json()["id"]
+    loaded = json.loads(cli("deployments", "load", deployment, "support", "--json").stdout)
+    assert (loaded["name"], loaded["status"]) == ("support", "waiting")
+    assert cli("deployments", "load", deployment, "base").exit_code == 1
+    assert "no longer served" in cli("deployments", "unload", deployment, "support").stdout
+    assert cli("deployments", "unload", deployment, "support").exit_code == 1

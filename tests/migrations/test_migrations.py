@@ -23,6 +23,7 @@ CHECKS = {
     },
     "artifact": {"ck_artifact_kind"},
     "deployment": {"ck_deployment_desired", "ck_deployment_status"},
+    "deployment_adapter": {"ck_deployment_adapter_status"},
 }
 
 

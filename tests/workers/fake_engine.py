@@ -5,9 +5,14 @@ hangs (every completion after the first, and then /health too), busy (completion
 ``<socket>.busy`` exists), lies (/health 200, completions 500), leaks (a double-forked child in a session of its own),
 stubborn (ignores SIGTERM), flaky (completions 500 while the file ``<socket>.sick`` exists),
 dies_mid_stream (closes a stream after two chunks), bad_request, slow_stream (a chunk every 50 ms, for ever),
+dies (at the 10th completion),
 moody (as ok, but the word in the prompt picks one of the last three modes).
 
 ``--also``: it has /v1/embeddings, /v1/responses and /v1/messages too.
+It loads LoRA adapters as vLLM does: a folder with a file ``refuse`` is refused, one with a file ``idle`` changes no
+answer, and a name that is neither served nor loaded is 404. ``GET /metrics`` tells what runs, as vLLM's does; it is
+``<socket>.running`` requests if that file exists.
+
 ``--log`` gets one JSON line per request, and a line ``{"aborted": path}`` when a client went away in a stream.
 """
 
@@ -39,6 +44,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     completions = 0
     path = ""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.adapters: dict[str, Path] = {}
+
     def note(self, **line: Any) -> None:
         """Appends to the log."""
         if self.log:
@@ -64,6 +73,11 @@ class Handler(BaseHTTPRequestHandler):
             self._json(503 if self.server.mode == "never_ready" else 200, {})
         elif self.path == "/v1/models":
             self._json(200, {"object": "list", "data": [{"id": self.server.served, "object": "model"}]})
+        elif self.path == "/metrics":
+            counted = Path(self.server.path + ".running")
+            running = counted.read_text() if counted.exists() else "0"
+            text = f'# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{{model_name="m"}} {running}\n'
+            self._send(200, "text/plain", text.encode())
         else:
             self._json(404, {"detail": "Not Found"})
 
@@ -73,10 +87,17 @@ class Handler(BaseHTTPRequestHandler):
         self.server.note(path=self.path, body=body, headers={k.lower(): v for k, v in self.headers.items()})
         if self.server.also and self.path in OTHERS:
             return self._other(body)
+        if self.path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+            return self._adapters(body)
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
             return self._json(404, {"detail": "Not Found"})
+        if body.get("model") not in (self.server.served, *self.server.adapters):
+            return self._error(404, f"The model `{body.get('model')}` does not exist.")
         mode = self._mode(body)
         self.server.completions += 1
+        if mode == "dies" and self.server.completions >= 10:
+            print("a kernel fell over", flush=True)
+            os._exit(9)
         if mode == "lies" or (mode == "flaky" and Path(self.server.path + ".sick").exists()):
             return self._error(500, "the model fell over in /opt/secret/path.py")
         if mode == "bad_request":
@@ -88,6 +109,19 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("stream"):
             return self._stream(body, mode)
         return self._json(200, self._answer(body))
+
+    def _adapters(self, body: dict[str, Any]) -> None:
+        name, loaded = body["lora_name"], self.server.adapters
+        if self.path == "/v1/unload_lora_adapter":
+            known = loaded.pop(name, None)
+            return self._json(200, {}) if known else self._error(404, f"The lora adapter '{name}' cannot be found.")
+        folder = Path(body["lora_path"])
+        if name in loaded or not (folder / "adapter_config.json").is_file():
+            return self._error(400, f"The lora adapter '{name}' cannot be loaded.")
+        if (folder / "refuse").exists():
+            return self._error(500, "expected target modules in something else")
+        loaded[name] = folder
+        return self._json(200, {})
 
     def _mode(self, body: dict[str, Any]) -> str:
         if self.server.mode != "moody":
@@ -136,7 +170,12 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         chat = "chat" in self.path
         text = "".join(WORDS)
-        choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        if body.get("logprobs") and not chat:
+            folder = self.server.adapters.get(body["model"])
+            changed = folder is not None and not (folder / "idle").exists()
+            values = [-0.25 if changed else -0.5] * len(WORDS)
+            choice["logprobs"] = {"tokens": WORDS, "token_logprobs": values}
         return {
             "id": "cmpl-1",
             "object": "chat.completion" if chat else "text_completion",
@@ -186,9 +225,11 @@ class Handler(BaseHTTPRequestHandler):
         self._json(status, {"error": error})
 
     def _json(self, status: int, value: dict[str, Any]) -> None:
-        data = json.dumps(value).encode()
+        self._send(status, "application/json", json.dumps(value).encode())
+
+    def _send(self, status: int, kind: str, data: bytes) -> None:
         self.send_response(status)
-        self.send_header("content-type", "application/json")
+        self.send_header("content-type", kind)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

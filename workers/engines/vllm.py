@@ -29,6 +29,14 @@ def argv(launch: EngineLaunch) -> list[str]:
         # Reserved by RFC 2606, so never resolved: no image or audio of a request is fetched.
         "--allowed-media-domains=media.invalid",
     ]
+    if options.hot_load:
+        arguments += [
+            "--enable-lora",
+            f"--max-lora-rank={options.max_lora_rank}",
+            f"--max-loras={min(options.max_loras, options.max_adapters)}",
+            # Weights of every adapter that we keep loaded stay in the host's memory.
+            f"--max-cpu-loras={options.max_adapters}",
+        ]
     if launch.has_gpu:
         arguments += [
             f"--gpu-memory-utilization={options.gpu_memory_utilization}",
@@ -54,7 +62,8 @@ def env(launch: EngineLaunch) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_SERVER_DEV_MODE": "0",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",
+        # Its routes to load and unload are reached over the private socket alone: the gateway forwards none of them.
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1" if launch.options.hot_load else "0",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "VLLM_MAX_N_SEQUENCES": "64",
         "TOKENIZERS_PARALLELISM": "false",
@@ -64,6 +73,9 @@ def env(launch: EngineLaunch) -> dict[str, str]:
     if not launch.has_gpu:
         variables |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            # Beside --enforce-eager a few small functions are still compiled when they are first needed: the first
+            # request for logprobs, ours after loading an adapter, held everything up for 20 s on two busy cores.
+            "TORCH_COMPILE_DISABLE": "1",
             # The model runs inside EngineCore instead of in one more process that imports everything again: on two
             # cores 36 s to ready became 20-23 s. (vLLM itself would ask for that process only to bind its threads.)
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -76,4 +88,4 @@ def env(launch: EngineLaunch) -> dict[str, str]:
     return variables
 
 
-engine = Engine("vllm", argv, env)
+engine = Engine("vllm", argv, env, hot_load=True, busy=("vllm:num_requests_running", "vllm:num_requests_waiting"))

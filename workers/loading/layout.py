@@ -6,25 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from app.errors import Code, RunError
+from app.peft import MOVING_STARTS, VARIANTS
 from app.targets import family_of
 from workers.loading.weights import TensorInfo
 
 PREFIX = "base_model.model."
 HEAD = "lm_head.weight"
 Headers = Mapping[str, TensorInfo]
-# Config keys of variants of LoRA whose product is not W + scale · B · A, and what they are called.
-_VARIANTS = {
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow",
-    "kasa_config": "KaSA",
-    "layer_replication": "layer replication",
-    "monteclora_config": "MonteCLoRA",
-    "trainable_token_indices": "trainable tokens",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_qalora": "QALoRA",
-}
-# Starts that put a part of the base into the adapter: added to the whole base, that part would count twice.
-_MOVING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _FACTORS = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<of>weight|bias))?$"
 )
@@ -83,7 +71,7 @@ def place(config: Mapping[str, Any], tensors: Headers, base: Headers, base_confi
 
 
 def _refuse_variants(config: Mapping[str, Any]) -> None:
-    for key, label in _VARIANTS.items():
+    for key, label in VARIANTS.items():
         if config.get(key):
             raise RunError(
                 Code.ADAPTER_INVALID,
@@ -91,7 +79,7 @@ def _refuse_variants(config: Mapping[str, Any]) -> None:
                 hint="Merged are LoRA, rsLoRA and DoRA, with bias and modules_to_save.",
             )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_MOVING):
+    if isinstance(start, str) and start.startswith(MOVING_STARTS):
         raise RunError(
             Code.ADAPTER_INVALID,
             f"the adapter began with a part of its base (init_lora_weights: {start}), which the whole base still holds",

@@ -144,7 +144,6 @@ def test_an_unknown_type_is_refused(
         ({"model.peft_config.init_lora_weights": "pissa", "model.peft_config.r": 64}, f"{PEFT}.r"),
         ({"model.peft_config.modules_to_save": ["q_proj"]}, f"{PEFT}.modules_to_save"),
         ({"model.use_peft": False, "then": ["merge"]}, "then"),
-        ({"then": ["deploy"]}, "then"),
         ({"then": ["deploy", "merge"]}, "then"),
         ({"then": ["merge", "merge"]}, "then"),
         ({"training.eval_strategy": "steps"}, "training.eval_steps"),

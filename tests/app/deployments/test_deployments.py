@@ -82,7 +82,7 @@ def test_what_cannot_be_served(api: TestClient, models: Path) -> None:
     make_adapter_folder(models / "adapter")
     answer = api.post("/deployments", json={"name": "a", "model": str(models / "adapter")})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "model_invalid")
-    assert "merge" in answer.json()["error"]["hint"]
+    assert "adapters" in answer.json()["error"]["hint"]
     (models / "none").mkdir()
     answer = api.post("/deployments", json={"name": "a", "model": str(models / "none")})
     assert answer.status_code == 400

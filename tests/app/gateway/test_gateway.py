@@ -4,14 +4,17 @@ import contextlib
 import json
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai  # noqa: TID253  (slow to import, which only matters in the service)
 import pytest
 
+from app.deployments.service import Route
 from app.gateway.proxy import ROUTE_SECONDS
 from tests.app.gateway.doubles import HELLO, Gateway, wait_for
+from workers.replica import UnixConnection
 
 
 def test_a_chat(client: openai.OpenAI, gateway: Gateway) -> None:
@@ -195,6 +198,26 @@ def test_an_engine_that_is_gone_is_a_503(gateway: Gateway) -> None:
     assert response.headers["retry-after"] == "5"
     assert response.json()["error"]["code"] == "model_not_ready"
     assert len(gateway.looked_up) == 2  # the first route might have been an old one
+
+
+def test_an_adapter_that_was_put_away_is_found_again_within_the_same_request(gateway: Gateway) -> None:
+    """The engine knows it no longer; asking for the way has it loaded again."""
+
+    def load(*_: str) -> Route:
+        gateway.looked_up.append(("alias", "p1"))
+        if len(gateway.looked_up) == 2:
+            (Path(gateway.engine.socket).parent / "adapter_config.json").touch()
+            connection = UnixConnection(gateway.engine.socket, 5)
+            body = {"lora_name": "lora", "lora_path": str(Path(gateway.engine.socket).parent)}
+            connection.request("POST", "/v1/load_lora_adapter", json.dumps(body))
+            assert connection.getresponse().status == 200
+            connection.close()
+        return Route(gateway.engine.socket, "lora", "dep-1")
+
+    gateway.find = load  # type: ignore[method-assign]
+    answer = gateway.post({"model": "alias", "messages": HELLO})
+    assert (answer.status_code, answer.json()["model"]) == (200, "alias")
+    assert len(gateway.looked_up) == 2
 
 
 def test_an_engine_that_was_started_anew_is_found_within_the_same_request(gateway: Gateway) -> None:

@@ -151,13 +151,16 @@ def test_a_replica_is_no_input(api: TestClient, models: Path) -> None:
 
 
 @on_sqlite
-def test_an_adapter_is_not_deployed(api: TestClient, spec: dict[str, Any], models: Path, finish: Any) -> None:
+def test_an_adapter_can_be_deployed_before_and_after_it_is_there(
+    api: TestClient, spec: dict[str, Any], models: Path, finish: Any
+) -> None:
     train = api.post("/jobs", json=spec).json()["id"]
     body = {"type": "deploy", "name": "served", "model": f"job:{train}"}
-    refused(api.post("/jobs", json=body), 400, "model", "Merge it first")
+    assert api.post("/jobs", json=body).json()["depends_on"] == [train]
     finish(train, JobState.SUCCEEDED, "adapter")
-    refused(api.post("/jobs", json=body), 400, "model", "Merge it first")
-    refused(api.post("/jobs", json={**body, "model": "left-adapter"}), 400, "model", "Merge it first")
+    for model in (f"job:{train}", "left-adapter"):
+        answer = api.post("/jobs", json={**body, "model": model})
+        assert (answer.status_code, answer.json()["depends_on"]) == (201, []), answer.text
     spec["model"]["use_peft"] = False
     full = api.post("/jobs", json=spec).json()["id"]
     assert api.post("/jobs", json={**body, "model": f"job:{full}"}).status_code == 201

@@ -110,7 +110,7 @@ def test_the_whole_line_in_one_post(api: TestClient, whole: dict[str, Any]) -> N
         ({"ppo.reward_model": "job:sft"}, "wrong_kind", "jobs.ppo.reward_model", "leaves an adapter"),
         ({"merged.adapter": "job:judge"}, "wrong_kind", "jobs.merged.adapter", "leaves a reward model"),
         ({"check.model": "job:serve"}, "wrong_kind", "jobs.check.model", "leaves no model"),
-        ({"serve.model": "job:ppo"}, "wrong_kind", "jobs.serve.model", "leaves an adapter"),
+        ({"serve.model": "job:judge"}, "wrong_kind", "jobs.serve.model", "leaves a reward model"),
         ({"sft.trainig": {}}, "unknown_field", "jobs.sft.trainig", "training"),
         ({"sft.model.peft_config": {"r": 0}}, "invalid_value", "jobs.sft.model.peft_config.r", "at least 1"),
         ({"sft.dataset.file": "file-none"}, "not_found", "jobs.sft.dataset.file", "Upload"),

@@ -70,6 +70,18 @@ def test_the_parsers_of_the_models_family() -> None:
     assert engine.argv(launch) == engine.argv(CPU) + added
 
 
+def test_room_for_adapters_is_made_only_where_some_can_come() -> None:
+    options = DeploymentOptions(hot_load=True, max_lora_rank=32, max_loras=8, max_adapters=4)
+    more = engine.argv(replace(CPU, options=options))
+    assert [word for word in more if word not in engine.argv(CPU)] == [
+        "--enable-lora",
+        "--max-lora-rank=32",
+        "--max-loras=4",
+        "--max-cpu-loras=4",
+    ]
+    assert engine.env(replace(CPU, options=options))["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
 @pytest.mark.parametrize(
     "name",
     ["--middleware=os", "-h", "a b", "a;rm -rf /", "$(id)", "a\nb", "a=b", "ft:Qwen/Q2:x", '{"a":1}', "ü", "'\"", ""],

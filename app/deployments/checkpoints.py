@@ -1,0 +1,68 @@
+"""Checkpoints of runs as model names: ``<run>:ckpt-step-<N>``, loaded when somebody first asks for them."""
+
+import re
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.db import Database
+from app.deployments import hotload
+from app.deployments.adapters import Looked, attach, nearest
+from app.errors import Code, Conflict, NotFound
+from app.models import Checkpoint, Deployment, Job
+from app.settings import Settings
+
+_NAME = re.compile(r"^(?P<run>[A-Za-z0-9][A-Za-z0-9._-]{0,127}):ckpt-step-(?P<step>\d{1,9})$")
+
+
+def ask_for(database: Database, settings: Settings, project_id: str, model: str) -> Deployment | None:
+    """Has a checkpoint loaded into a deployment of its base, which is returned; None: the name is no checkpoint's.
+
+    ``run`` is an experiment's name (its newest run that has the step) or a job's id. Raises Conflict for one that no
+    engine can load, NotFound while no deployment of its base runs.
+    """
+    match = _NAME.match(model)
+    if match is None:
+        return None
+    with database.read() as session:
+        found = _checkpoint(session, project_id, match["run"], int(match["step"]))
+        if found is None:
+            return None
+        reference = str(settings.data_dir / found.path)
+        candidate = hotload.find(session, settings, project_id, reference, param="model")
+    fault = hotload.fault(candidate)
+    if fault is not None:
+        raise Conflict(
+            f"{model} cannot be loaded into a running engine: {fault}",
+            param="model",
+            code=Code.ADAPTER_NOT_SERVABLE,
+            hint=f"Merge it and deploy the result: its path is {reference}.",
+        )
+    assert candidate.adapter.folder is not None
+    rank = hotload.rank_of(candidate.adapter.folder)
+    with database.write() as session:
+        row = nearest(session, project_id, candidate, rank)
+        if row is None:
+            raise NotFound(
+                f"no deployment of {candidate.root.pinned} runs that could load {model}",
+                param="model",
+                code=Code.MODEL_NOT_FOUND,
+                hint="Deploy that model: POST /deployments; its checkpoints then answer by their names.",
+            )
+        attach(session, row, Looked(candidate, model, None), None, param="model")
+    return row
+
+
+def _checkpoint(session: Session, project_id: str, run: str, step: int) -> Checkpoint | None:
+    return session.scalar(
+        select(Checkpoint)
+        .join(Job, Job.id == Checkpoint.job_id)
+        .where(
+            Job.project_id == project_id,
+            (Job.experiment_name == run) | (Job.id == run),
+            Job.type == "train",
+            Checkpoint.step == step,
+        )
+        .order_by(Job.created_at.desc())
+        .limit(1)
+    )

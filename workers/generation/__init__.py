@@ -1,0 +1,1 @@
+"""A serving engine over transformers' ``generate``: for machines that vLLM does not run on."""

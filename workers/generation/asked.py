@@ -1,0 +1,84 @@
+"""What a completion request asks of the plain engine, and its refusal of what it cannot do (no torch)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_CANNOT = ("tools", "structured_outputs", "logit_bias", "echo", "suffix", "min_p_decay", "bad_words", "prompt_logprobs")
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class Refused(Exception):
+    """The request cannot be answered as it stands: 400, or 404 for a model that is not here."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt and how to go on from it."""
+
+    model: str
+    prompt: str | list[int] | list[Mapping[str, Any]]
+    """Text, token ids, or the messages of a chat."""
+    max_tokens: int | None
+    """None = as much as there is room for."""
+    sampling: Mapping[str, float]
+    """Of temperature, top_p, top_k, min_p, repetition_penalty: those that were given."""
+    seed: int | None
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    min_tokens: int
+    ignore_eos: bool
+    logprobs: bool
+    template: Mapping[str, Any]
+    """Switches for the chat template."""
+
+    @property
+    def chat(self) -> bool:
+        """Whether the prompt is a conversation."""
+        return isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], Mapping)
+
+
+def read(body: Mapping[str, Any], *, chat: bool) -> list[Asked]:
+    """The answers that a body asks for, in the order of their ``index``. Raises Refused."""
+    for name in _CANNOT:
+        if body.get(name):
+            raise Refused(f"{name} is not supported by the engine transformers; vLLM has it")
+    kind = (body.get("response_format") or {}).get("type", "text")
+    if kind != "text":
+        raise Refused(f"response_format {kind} is not supported by the engine transformers; vLLM has it")
+    if body.get("top_logprobs") or (not chat and (body.get("logprobs") or 0) > 1):
+        raise Refused(
+            "alternatives to the chosen token are not told by the engine transformers; ask for logprobs alone"
+        )
+    if chat:
+        prompts: list[Any] = [body["messages"]]
+    else:
+        given = body.get("prompt", "")
+        several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+        prompts = list(given) if several else [given]
+    stop = body.get("stop") or ()
+    limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    count = int(body.get("n") or 1)
+    seed = body.get("seed")
+    return [
+        Asked(
+            model=str(body.get("model")),
+            prompt=prompt,
+            max_tokens=limit if limit is not None else None if chat else 16,
+            sampling={name: body[name] for name in _SAMPLING if body.get(name) is not None},
+            seed=None if seed is None else seed + number,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop_ids=tuple(body.get("stop_token_ids") or ()),
+            min_tokens=int(body.get("min_tokens") or 0),
+            ignore_eos=bool(body.get("ignore_eos")),
+            logprobs=bool(body.get("logprobs")),
+            template=dict(body.get("chat_template_kwargs") or {}),
+        )
+        for prompt in prompts
+        for number in range(count)
+    ]

@@ -1,0 +1,225 @@
+"""A model that goes on from prompts, one at a time, with adapters that come and go."""
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from workers.generation.asked import Asked, Refused
+
+_HALF = "\ufffd"
+"""What a decoder writes for a character whose bytes have not all come yet."""
+
+
+@dataclass
+class Written:
+    """An answer."""
+
+    text: str = ""
+    finish: str = "length"
+    """stop or length."""
+    prompt_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Natural logarithms, one for each token; empty unless they were asked for."""
+
+
+class Writer:
+    """Not quick: no batching, no paged cache. What it computes is what transformers and peft compute."""
+
+    def __init__(self, folder: Path, served_name: str, dtype: str, max_model_len: int | None) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.served_name = served_name
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self._model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
+        self.room = min(own, max_model_len or own)
+        self._generation = model.generation_config
+        self._adapters: dict[str, str] = {}
+        self._made = 0
+        self._turn = threading.Lock()
+        self.waiting = 0
+
+    @property
+    def models(self) -> list[str]:
+        """Names that are answered to."""
+        return [self.served_name, *self._adapters]
+
+    def load(self, name: str, folder: Path) -> None:
+        """Adds an adapter. Raises Refused."""
+        from peft import PeftModel
+
+        if name in self.models:
+            raise Refused(f"The lora adapter '{name}' has already been loaded.")
+        with self._turn:
+            self._made += 1
+            inner = f"a{self._made}"  # a name of modules holds no dots
+            try:
+                if isinstance(self._model, PeftModel):
+                    self._model.load_adapter(folder, inner)
+                else:
+                    self._model = PeftModel.from_pretrained(self._model, folder, inner)
+                self._model.eval()
+            except Exception as error:  # whatever peft says of a folder is said of this adapter alone
+                if isinstance(self._model, PeftModel) and inner in self._model.peft_config:
+                    self._drop(inner)
+                raise Refused(f"{type(error).__name__}: {error}"[:1000], 500) from error
+            self._adapters[name] = inner
+
+    def unload(self, name: str) -> None:
+        """Takes an adapter off. Raises Refused."""
+        inner = self._adapters.pop(name, None)
+        if inner is None:
+            raise Refused(f"The lora adapter '{name}' cannot be found.", 404)
+        with self._turn:
+            self._drop(inner)
+
+    def _drop(self, inner: str) -> None:
+        if len(self._model.peft_config) == 1:
+            self._model = self._model.unload()
+        else:
+            self._model.delete_adapter(inner)
+
+    def ids(self, asked: Asked) -> list[int]:
+        """The prompt as token ids. Raises Refused when the model is not here or the prompt is too long."""
+        if asked.model not in self.models:
+            raise Refused(f"The model `{asked.model}` does not exist.", 404)
+        try:
+            if asked.chat:
+                encoded = self._tokenizer.apply_chat_template(
+                    asked.prompt, add_generation_prompt=True, return_dict=True, **asked.template
+                )
+                ids = list(encoded["input_ids"])
+            else:
+                ids = (
+                    list(asked.prompt) if isinstance(asked.prompt, list) else self._tokenizer(asked.prompt)["input_ids"]
+                )
+        except Exception as error:  # a template refuses in its own words
+            raise Refused(f"the prompt cannot be read: {error}"[:1000]) from error
+        wanted = len(ids) + (asked.max_tokens or 1)
+        if wanted > self.room:
+            raise Refused(
+                f"This model's maximum context length is {self.room} tokens, and {len(ids)} in the prompt and"
+                f" {asked.max_tokens or 1} in the answer are {wanted}."
+            )
+        if not ids or max(ids) >= self._model.get_input_embeddings().num_embeddings:
+            raise Refused("the prompt is empty, or holds ids that the model does not know")
+        return ids
+
+    def write(self, asked: Asked, ids: list[int], on_text: Callable[[str], None], gone: threading.Event) -> Written:
+        """Goes on from the prompt; ``on_text`` gets each piece as it is made. Ends early once ``gone`` is set."""
+        self.waiting += 1
+        try:
+            with self._turn:
+                return self._write(asked, ids, on_text, gone)
+        finally:
+            self.waiting -= 1
+
+    def _write(self, asked: Asked, ids: list[int], on_text: Callable[[str], None], gone: threading.Event) -> Written:
+        import torch
+        from transformers import StoppingCriteriaList
+
+        if gone.is_set():
+            return Written()
+        plan = self._plan(asked, len(ids))
+        watch = _Watch(self._tokenizer, len(ids), asked.stop, on_text, gone)
+        inputs = torch.tensor([ids], device=self._model.device)
+        inner = self._adapters.get(asked.model)
+        if inner is not None:
+            self._model.set_adapter(inner)
+        plain = self._adapters and inner is None
+        with torch.inference_mode(), self._model.disable_adapter() if plain else contextlib.nullcontext():
+            if asked.seed is not None:
+                torch.manual_seed(asked.seed % 2**63)
+            output = self._model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=plan,
+                stopping_criteria=StoppingCriteriaList([watch]),
+                return_dict_in_generate=True,
+                output_logits=asked.logprobs,
+            )
+        new = output.sequences[0, len(ids) :].tolist()
+        ends = set(_as_list(plan.eos_token_id))
+        stopped = watch.stopped or bool(new and new[-1] in ends)
+        written = Written(watch.finish(), "stop" if stopped else "length", len(ids), new)
+        if asked.logprobs:
+            rows = torch.stack([row[0].float() for row in output.logits]).log_softmax(-1)
+            written.logprobs = rows[torch.arange(len(new)), torch.tensor(new, device=rows.device)].tolist()
+            written.tokens = [self._tokenizer.decode([token]) for token in new]
+        return written
+
+    def _plan(self, asked: Asked, prompt: int) -> Any:
+        plan = copy.deepcopy(self._generation)
+        plan.max_new_tokens = asked.max_tokens or self.room - prompt
+        plan.max_length = None
+        plan.min_new_tokens = asked.min_tokens or None
+        plan.pad_token_id = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else 0
+        ends = [*_as_list(plan.eos_token_id), *asked.stop_ids]
+        plan.eos_token_id = None if asked.ignore_eos else (ends or None)
+        temperature = asked.sampling.get("temperature", 1.0)
+        plan.do_sample = temperature > 0
+        if plan.do_sample:
+            for name in ("temperature", "top_p", "min_p"):
+                setattr(plan, name, asked.sampling.get(name, None if name == "min_p" else 1.0))
+            plan.top_k = max(0, int(asked.sampling.get("top_k", 0)))
+        else:
+            plan.temperature, plan.top_p, plan.top_k, plan.min_p = 1.0, 1.0, 50, None
+        plan.repetition_penalty = asked.sampling.get("repetition_penalty", 1.0)
+        return plan
+
+
+class _Watch:
+    """Asked after every token: tells the text so far, looks for stop strings, and whether anybody still listens."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: int,
+        stop: tuple[str, ...],
+        on_text: Callable[[str], None],
+        gone: threading.Event,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._stop = stop
+        # A piece that a stop string may begin with is not told before it is clear that none does.
+        self._held = max((len(word) - 1 for word in stop), default=0)
+        self._on_text = on_text
+        self._gone = gone
+        self._text = ""
+        self._told = 0
+        self.stopped = False
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        import torch
+
+        self._text = self._tokenizer.decode(input_ids[0, self._prompt :], skip_special_tokens=True)
+        ends = [at for word in self._stop if (at := self._text.find(word)) >= 0]
+        if ends:
+            self._text, self.stopped = self._text[: min(ends)], True
+        elif not self._text.endswith(_HALF):
+            self._tell(len(self._text) - self._held)
+        done = self.stopped or self._gone.is_set()
+        return torch.full((input_ids.shape[0],), done, device=input_ids.device, dtype=torch.bool)
+
+    def finish(self) -> str:
+        """The whole text, all of it told."""
+        self._tell(len(self._text))
+        return self._text
+
+    def _tell(self, upto: int) -> None:
+        if upto > self._told:
+            self._on_text(self._text[self._told : upto])
+            self._told = upto
+
+
+def _as_list(value: Any) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [int(value)]
