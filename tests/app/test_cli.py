@@ -200,25 +200,25 @@ def test_models_side_by_side_and_what_that_used(
     cli: Callable[..., Result], database: Database, run_dir: Path, settings: Settings
 ) -> None:
     engine = Path(__file__).parents[1] / "workers" / "fake_engine.py"
-    path = run_dir / "e.sock"
-    with subprocess.Popen([sys.executable, engine, path, "ok"], stdout=subprocess.DEVNULL) as process:
-        try:
+    with contextlib.ExitStack() as stack:
+        for name in ("base", "tuned"):
+            path = run_dir / f"{name}.sock"
+            command = [sys.executable, engine, path, "ok", f"--served={name}"]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+            stack.callback(process.kill)
             wait_for(path.exists)
             with database.write() as session:
-                for name in ("base", "tuned"):
-                    row = Deployment(id=f"dep-{name}", project_id=DEFAULT_PROJECT, name=name, model="m", status="ready")
-                    row.socket = str(path)
-                    session.add(row)
-            result = cli("chat", "base", "--vs", "tuned", "--prompt", "hi")
-            assert result.exit_code == 0, result.output
-            assert result.stdout.count("Hello there, friend.") == 2
-            assert result.stdout.index("base (") < result.stdout.index("tuned (")
-            failed = cli("chat", "base", "--vs", "nobody", "--prompt", "hi")
-            assert failed.exit_code == 1
-            assert "Hello there, friend." in failed.stdout
-            assert "'nobody' is not being served" in failed.stdout
-        finally:
-            process.kill()
+                row = Deployment(id=f"dep-{name}", project_id=DEFAULT_PROJECT, name=name, model="m", status="ready")
+                row.socket = str(path)
+                session.add(row)
+        result = cli("chat", "base", "--vs", "tuned", "--prompt", "hi")
+        assert result.exit_code == 0, result.output
+        assert result.stdout.count("Hello there, friend.") == 2
+        assert result.stdout.index("base (") < result.stdout.index("tuned (")
+        failed = cli("chat", "base", "--vs", "nobody", "--prompt", "hi")
+        assert failed.exit_code == 1
+        assert "Hello there, friend." in failed.stdout
+        assert "'nobody' is not being served" in failed.stdout
 
     def used() -> dict[str, int]:
         rows = json.loads(cli("usage", "--by", "model", "--json").stdout)["data"]
