@@ -73,8 +73,8 @@ def env(launch: EngineLaunch) -> dict[str, str]:
     if not launch.has_gpu:
         variables |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            # Beside --enforce-eager a few small functions are still compiled when they are first needed: the first
-            # request for logprobs, ours after loading an adapter, held everything up for 20 s on two busy cores.
+            # Beside --enforce-eager a few small functions are still compiled when they are first needed, that for
+            # logprobs among them: the first probe of an adapter, which asks for some, took 20 s on two busy cores.
             "TORCH_COMPILE_DISABLE": "1",
             # The model runs inside EngineCore instead of in one more process that imports everything again: on two
             # cores 36 s to ready became 20-23 s. (vLLM itself would ask for that process only to bind its threads.)
