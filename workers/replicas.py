@@ -96,7 +96,7 @@ class ReplicaSupervision(Supervision):
             socket=settings.sockets / f"{self.job.id[4:12]}{self.job.fence % 10_000}.s",
             options=options.model_copy(update={"hot_load": bool(options.hot_load) and engine.hot_load}),
             has_gpu=self.gpu is not None,
-            dtype=_dtype(spec.dtype, has_gpu=self.gpu is not None),
+            dtype=_dtype(spec.dtype, found.folder, has_gpu=self.gpu is not None),
             cpu_threads=len(os.sched_getaffinity(0)),
             tool_call_parser=parsed.tool,
             reasoning_parser=parsed.reasoning,
@@ -203,11 +203,15 @@ class ReplicaSupervision(Supervision):
         self.ledger.fail(error)
 
 
-def _dtype(asked: str, *, has_gpu: bool) -> str:
-    """float32 unless a GPU computes in less, or somebody asked."""
+def _dtype(asked: str, folder: Path, *, has_gpu: bool) -> str:
+    """float32 unless a GPU computes in less, or somebody asked.
+
+    Of a quantised model bfloat16: vLLM's products with 4-bit weights are not made for float32.
+    """
     if asked != "auto":
         return asked
-    return "bfloat16" if has_gpu else "float32"
+    quantised = bool(read_json(folder / "config.json", "model").get("quantization_config"))
+    return "bfloat16" if has_gpu or quantised else "float32"
 
 
 def _attempt(spec: ServeSpec, launch: EngineLaunch, argv: list[str], env: dict[str, str]) -> dict[str, Any]:
