@@ -144,6 +144,9 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
     assert len({tuple(answers) for answers in expected.values()}) == 3
     assert all(answer for answers in expected.values() for answer in answers), expected
     wait_for(lambda: all(entry["effect"] for entry in status(client, deployment)["adapters"]), 20)
+    parity = wait_for(lambda: status(client, deployment)["parity"], 120)
+    print(json.dumps(parity))
+    assert parity["verdict"] == "same"
 
     # 3. A checkpoint of the run is a model as well; two are kept loaded, so the least recently used one is put away.
     chat.ask("second", QUESTIONS[0], 1)
