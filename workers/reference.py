@@ -1,9 +1,9 @@
 """What transformers makes of an engine's answers: ``python -I -m workers.reference <job.json> <result.json>``.
 
 ``job.json``: ``model`` (folder), ``dtype``, ``tie`` and ``answers``, each with ``prompt`` or ``messages``, ``text``,
-``token_ids`` (null: the text is tokenised) and ``logprob`` (of its first token). Each answer is read token by token: was
-that the token that transformers would have taken there, after the same beginning? So one early difference does not make
-all that follows one.
+``token_ids`` (null: the text is tokenised) and ``logprob`` (of its first token). Each answer is read token by token:
+was that the token that transformers would have taken there, after the same beginning? So one early difference does not
+make all that follows one.
 """
 
 import hashlib
