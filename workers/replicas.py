@@ -202,7 +202,7 @@ class ReplicaSupervision(Supervision):
     def _move(self, to: DeploymentState, spec: ServeSpec, **values: Any) -> bool:
         with self.house.database.write() as session:
             moved = repository.transition(session, spec.deployment_id, to, replica=self.job.id, **values)
-            if moved and to is DeploymentState.STARTING:
+            if moved and to in (DeploymentState.STARTING, DeploymentState.QUEUED):
                 loaded.none_is_loaded(session, spec.deployment_id)
             return moved
 
