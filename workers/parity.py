@@ -48,7 +48,7 @@ class Bound(NamedTuple):
 
 
 BOUNDS = {
-    "float32": Bound(tie=0.01, agreement=0.95, distance=0.02),
+    "float32": Bound(tie=0.01, agreement=0.95, distance=0.01),
     "float16": Bound(tie=0.1, agreement=0.9, distance=0.1),
     "bfloat16": Bound(tie=0.25, agreement=0.9, distance=0.2),
 }
