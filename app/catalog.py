@@ -291,6 +291,8 @@ class Engine:
     health_path: str = "/health"
     hot_load: bool = False
     """Whether it loads adapters while it serves: ``POST /v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``."""
+    comparable: bool = False
+    """Whether its answers are to be held against transformers': texts and chats, greedy, with log-probabilities."""
     own_python: bool = False
     """Whether it runs in the worker's own environment; else in the one that has vLLM."""
     busy: tuple[str, ...] = ()

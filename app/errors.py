@@ -89,6 +89,7 @@ class Code(StrEnum):
     NO_CAPACITY = "no_capacity"
     ENGINE_CRASH_LOOP = "engine_crash_loop"
     ENGINE_MISSING = "engine_missing"
+    PARITY_MISSED = "parity_missed"
 
 
 class AppError(Exception):

@@ -352,6 +352,11 @@ class DeploymentOptions(Spec):
         None,
         description="Whether adapters can be loaded while it serves; default: when the model was not trained here.",
     )
+    parity: Literal["required", "warn", "off"] = Field(
+        "required",
+        description="When it is ready, its answers are read by transformers; required = an engine that says something "
+        "else than the model fails the deployment, warn = it goes on.",
+    )
     max_lora_rank: LoraRank = Field(64, description="Largest rank of an adapter; the engine keeps room for it.")
     max_loras: int = Field(4, ge=1, le=64, description="Adapters that can share one batch.")
     max_adapters: int = Field(

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app import parsers
+from app import parsers, processes
 from app.artifacts.inspect import read_json, template_of
 from app.catalog import Engine, EngineLaunch
 from app.deployments import loaded, repository
@@ -14,10 +14,11 @@ from app.errors import AppError, Code, RunError
 from app.models import Deployment, now
 from app.specs import DeploymentOptions, ServeSpec
 from app.states import DeploymentState
-from workers.child import Child
+from workers.child import Child, environment
 from workers.inputs import follow_model
 from workers.keeper import Keeper
 from workers.ledger import Flags, Line, persistent
+from workers.parity import Parity
 from workers.supervisor import Supervision
 
 BACKOFF = (1.0, 5.0, 15.0, 60.0)
@@ -35,6 +36,8 @@ class ReplicaSupervision(Supervision):
         self._ready_since: float | None = None
         self._failure: Line = {}
         self._keeper: Keeper | None = None
+        self._parity: Parity | None = None
+        self._differs: RunError | None = None
         spec = ServeSpec.model_validate(self.job.resolved_spec)
         if not self._move(DeploymentState.STARTING, spec, last_error=None):
             self.ledger.fail(RunError(Code.WRONG_STATE, "the deployment is stopped"))
@@ -58,6 +61,8 @@ class ReplicaSupervision(Supervision):
         finally:
             if self._keeper is not None:
                 self._keeper.stop()
+            if self._parity is not None:
+                self._parity.stop()
             child.close()
 
     def _engine(self, spec: ServeSpec) -> Engine:
@@ -129,6 +134,7 @@ class ReplicaSupervision(Supervision):
                 self._move(DeploymentState.READY, spec, socket=str(launch.socket), ready_at=now())
                 self._note("engine_ready", f"The engine answers, {line.get('seconds')} s after its start.", "info")
                 self._keep(spec, launch, child)
+                self._compare(spec, launch, child)
             elif line.get("status") == "unhealthy":
                 self._move(DeploymentState.UNHEALTHY, spec)
                 self._note("engine_unhealthy", "The engine did not answer a probe.", "warn")
@@ -142,6 +148,51 @@ class ReplicaSupervision(Supervision):
             self._keeper = Keeper(self.house, self.job, spec.deployment_id, launch, busy, self._note, child.ask_to_stop)
             self._keeper.start()
 
+    def _compare(self, spec: ServeSpec, launch: EngineLaunch, child: Child) -> None:
+        """Once for a deployment: its model never changes, and an engine that died is started as it was."""
+        with self.house.database.read() as session:
+            row = session.get(Deployment, spec.deployment_id)
+        if self._parity is not None or spec.parity == "off" or row is None or row.parity is not None:
+            return
+        if not self._engine(spec).comparable:
+            return
+
+        def found(certificate: dict[str, Any]) -> None:
+            self._certify(spec, child, certificate)
+
+        # With the attempt's token, so that it goes when the engine goes, whoever is left to see to that.
+        reads = {**environment(self.house.settings, None), processes.TOKEN: child.token}
+        self._parity = Parity(launch, self.folder, reads, found)
+        self._parity.start()
+
+    def _certify(self, spec: ServeSpec, child: Child, certificate: dict[str, Any]) -> None:
+        """Keeps what was found, and ends an engine that is another model's. In the thread of the check."""
+        self._store_parity(spec, certificate)
+        if certificate["verdict"] == "not_measured":
+            message = f"Whether the engine says what the model says was not measured: {certificate['reason']}."
+            self._note("parity_not_measured", message, "info")
+            return
+        said = (
+            f"{certificate['agreement']:.1%} of {certificate['tokens']} tokens are transformers' own choice, the first "
+            f"ones' log-probabilities are {certificate['mean_distance'] or 0:.2g} nats off"
+        )
+        if certificate["verdict"] == "same":
+            self._note("parity_shown", f"The engine says what the model says: {said}.", "info")
+            return
+        self._note("parity_missed", f"The engine says something else than the model: {said}.", "error")
+        if spec.parity == "required":
+            self._differs = RunError(
+                Code.PARITY_MISSED,
+                f"the engine says something else than the model: {said}",
+                hint="Another dtype or engine may be true to it; parity: warn serves it all the same.",
+            )
+            child.ask_to_stop()
+
+    @persistent
+    def _store_parity(self, spec: ServeSpec, certificate: dict[str, Any]) -> None:
+        with self.house.database.write() as session:
+            repository.certify(session, spec.deployment_id, certificate)
+
     @persistent
     def _note(self, code: str, message: str, level: str) -> None:
         with self.house.database.write() as session:
@@ -151,7 +202,7 @@ class ReplicaSupervision(Supervision):
     def _move(self, to: DeploymentState, spec: ServeSpec, **values: Any) -> bool:
         with self.house.database.write() as session:
             moved = repository.transition(session, spec.deployment_id, to, replica=self.job.id, **values)
-            if moved and to is DeploymentState.STARTING:
+            if moved and to in (DeploymentState.STARTING, DeploymentState.QUEUED):
                 loaded.none_is_loaded(session, spec.deployment_id)
             return moved
 
@@ -166,6 +217,8 @@ class ReplicaSupervision(Supervision):
         if self.house.stopping.is_set():
             self._move(DeploymentState.QUEUED, spec, socket=None)
             self.ledger.requeue("job_interrupted", "The worker is stopping; the engine starts again.", give_back=True)
+        elif self._differs is not None:
+            self._give_up(spec, self._differs)
         elif self._keeper is not None and self._keeper.slept:
             self.ledger.sleep(spec.deployment_id)
         else:

@@ -57,6 +57,11 @@ def serving(session: Session, project_id: str, artifact_id: str) -> Sequence[str
     return [*session.scalars(own), *session.scalars(loaded)]
 
 
+def certify(session: Session, deployment_id: str, certificate: dict[str, Any]) -> None:
+    """Keeps whether the engine says what the model says."""
+    session.execute(update(Deployment).where(Deployment.id == deployment_id).values(parity=certificate))
+
+
 def page(session: Session, project_id: str, limit: int, after: Deployment | None) -> Sequence[Deployment]:
     """Newest first, ``limit + 1`` rows at most."""
     query = select(Deployment).where(Deployment.project_id == project_id)

@@ -86,6 +86,10 @@ class DeploymentOut(BaseModel):
     endpoint: str = Field(description="Where an OpenAI client talks to it; model = name.")
     options: dict[str, Any]
     restarts: int
+    parity: dict[str, Any] | None = Field(
+        description="Whether the engine says what transformers says of the same files: verdict same, differs or "
+        "not_measured, with what was measured; null until that is known."
+    )
     last_error: dict[str, Any] | None
     created_at: datetime
     ready_at: datetime | None
@@ -110,6 +114,7 @@ class DeploymentOut(BaseModel):
             endpoint=f"{base_url}/v1",
             options=row.options,
             restarts=row.restarts,
+            parity=row.parity,
             last_error=row.last_error,
             created_at=row.created_at,
             ready_at=row.ready_at,

@@ -43,6 +43,8 @@ class Deployment(Owned, Base):
     stopped_at: Mapped[datetime | None]
     used_at: Mapped[datetime | None]
     """When a request last asked for it, to within some seconds."""
+    parity: Mapped[dict[str, Any] | None]
+    """Whether its engine says what transformers says; None until that is known."""
 
 
 class DeploymentAdapter(Owned, Base):

@@ -85,6 +85,9 @@ def test_a_run_is_talked_to_without_vllm_and_without_a_merge(
         assert answer == greedy(base, settings.data_dir / "artifacts" / trained["artifact_ids"][0])
         assert ask("plain").choices[0].message.content == greedy(base, None) != answer
         assert "".join(chunk.choices[0].delta.content or "" for chunk in ask("line", stream=True)) == answer
+    parity = wait_for(lambda: client.call("GET", f"/deployments/{deployment}")["parity"], 120)
+    print(json.dumps(parity))
+    assert parity["verdict"] == "same"
     (deployed,) = client.call("GET", "/jobs?type=deploy")["data"]
     assert succeeded(client, deployed)["result"]["adapter_of"] == "plain"
     client.call("DELETE", f"/deployments/{deployment}")

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from app.client import Client
+from app.deployments.routes import USED_SECONDS
 from app.processes import processes_of_attempts
 from app.settings import Settings
 from tests.e2e.real_service import service, succeeded
@@ -144,8 +145,12 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
     assert len({tuple(answers) for answers in expected.values()}) == 3
     assert all(answer for answers in expected.values() for answer in answers), expected
     wait_for(lambda: all(entry["effect"] for entry in status(client, deployment)["adapters"]), 20)
+    parity = wait_for(lambda: status(client, deployment)["parity"], 120)
+    print(json.dumps(parity))
+    assert parity["verdict"] == "same"
 
     # 3. A checkpoint of the run is a model as well; two are kept loaded, so the least recently used one is put away.
+    time.sleep(USED_SECONDS + 2)  # when a model was last used is noted no more often than that
     chat.ask("second", QUESTIONS[0], 1)
     asked_at = time.monotonic()
     step = "second:ckpt-step-10"
@@ -172,7 +177,8 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
         restarts = status(client, deployment)["restarts"]
         wait_for(lambda: status(client, deployment)["restarts"] > restarts, 30)  # noqa: B023
         assert not set(before) & set(engine_pids(settings)), "something of the dead engine lives on"
-        wait_for(lambda: set(loaded(client, deployment).values()) == {"ready"}, 200)
+        wait_for(lambda: status(client, deployment)["status"] == "ready", 200)
+        wait_for(lambda: set(loaded(client, deployment).values()) == {"ready"}, 60)
         assert {name: chat.ask(name, QUESTIONS[0]) for name in folders} == {
             name: answers[0] for name, answers in expected.items()
         }

@@ -35,4 +35,6 @@ def env(launch: EngineLaunch) -> dict[str, str]:
     }
 
 
-engine = Engine("transformers", argv, env, hot_load=True, own_python=True, busy=("tunesmith_requests_running",))
+engine = Engine(
+    "transformers", argv, env, hot_load=True, comparable=True, own_python=True, busy=("tunesmith_requests_running",)
+)

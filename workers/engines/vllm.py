@@ -88,4 +88,6 @@ def env(launch: EngineLaunch) -> dict[str, str]:
     return variables
 
 
-engine = Engine("vllm", argv, env, hot_load=True, busy=("vllm:num_requests_running", "vllm:num_requests_waiting"))
+engine = Engine(
+    "vllm", argv, env, hot_load=True, comparable=True, busy=("vllm:num_requests_running", "vllm:num_requests_waiting")
+)

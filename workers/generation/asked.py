@@ -34,6 +34,8 @@ class Asked:
     min_tokens: int
     ignore_eos: bool
     logprobs: bool
+    token_ids: bool
+    """Whether the answer's token ids are told, as vLLM's ``return_token_ids`` has it."""
     template: Mapping[str, Any]
     """Switches for the chat template."""
 
@@ -77,6 +79,7 @@ def read(body: Mapping[str, Any], *, chat: bool) -> list[Asked]:
             min_tokens=int(body.get("min_tokens") or 0),
             ignore_eos=bool(body.get("ignore_eos")),
             logprobs=bool(body.get("logprobs")),
+            token_ids=bool(body.get("return_token_ids")),
             template=dict(body.get("chat_template_kwargs") or {}),
         )
         for prompt in prompts

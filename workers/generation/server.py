@@ -86,7 +86,7 @@ class Server:
             async for piece in self._pieces(each, ids):
                 if isinstance(piece, Written):
                     written.append(piece)
-        return web.json_response(answer.whole(written))
+        return web.json_response(answer.whole(written, token_ids=asked[0].token_ids))
 
     async def _stream(
         self, request: web.Request, answer: "Answer", asked: list[Asked], prompts: list[list[int]], usage: bool
@@ -158,13 +158,15 @@ class Answer:
             "choices": [{"index": index, **own, "logprobs": None, "finish_reason": finish}],
         }
 
-    def whole(self, written: list[Written]) -> dict[str, Any]:
+    def whole(self, written: list[Written], *, token_ids: bool = False) -> dict[str, Any]:
         """The answer to a request that did not ask for a stream."""
         choices = []
         for index, each in enumerate(written):
             message = {"role": "assistant", "content": each.text}
             own: dict[str, Any] = {"message": message} if self.chat else {"text": each.text}
             own["logprobs"] = self._logprobs(each) if each.logprobs else None
+            if token_ids:
+                own["token_ids"] = each.token_ids
             choices.append({"index": index, **own, "finish_reason": each.finish})
         return {**self.frame(chunk=False), "choices": choices, "usage": _usage(written)}
 
