@@ -93,7 +93,7 @@ def test_what_is_plugged_in_is_named(whole: dict[str, Any]) -> None:
     assert trackers["absent"] is False, "a plug of the tests, whose library nobody has"
     assert "lora" in whole["merge_methods"]
     engines = {row["name"]: row for row in whole["engines"]}
-    assert engines.keys() == {"pretend", "transformers", "vllm"}, "pretend is a plug of the tests"
+    assert engines.keys() == {"other_model", "pretend", "transformers", "vllm"}, "the first two are plugs of the tests"
     assert engines["transformers"] == {"name": "transformers", "installed": True}, "it needs nothing"
     assert whole["presets"]["balanced"] == {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1}
     llama = next(row for row in whole["target_presets"] if "llama" in row["model_types"])
