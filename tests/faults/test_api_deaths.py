@@ -217,7 +217,8 @@ def test_a_run_and_a_deployment_live_through_the_death_of_the_api(
     worker.start(TUNESMITH_SLOTS="train:1,serve:1", **places)
     tally = {"type": "tally", "file": str(tmp_path / "tally"), "until": str(tmp_path / "go")}
     run = client("POST", "/jobs", json=tally).json()["id"]
-    made = client("POST", "/deployments", json={"name": "tiny", "model": str(models / "tiny")})
+    asked = {"name": "tiny", "model": str(models / "tiny"), "parity": "off"}  # its answers are no model's
+    made = client("POST", "/deployments", json=asked)
     assert made.status_code == 201, made.text
     address = f"/deployments/{made.json()['id']}"
     wait_for(lambda: client("GET", address).json()["status"] == "ready" and (tmp_path / "tally").exists(), 60)
