@@ -88,8 +88,8 @@ class Code(StrEnum):
     START_TIMEOUT = "start_timeout"
     NO_CAPACITY = "no_capacity"
     ENGINE_CRASH_LOOP = "engine_crash_loop"
-    ENGINE_MISSING = "engine_missing"
     PARITY_MISSED = "parity_missed"
+    ENGINE_MISSING = "engine_missing"
 
 
 class AppError(Exception):
