@@ -1,9 +1,6 @@
 """The main job, for real: train, merge, prove, serve with vLLM, chat, stop. Only the model is tiny."""
 
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +8,9 @@ from typing import Any
 import pytest
 
 from app.client import Client
-from app.processes import processes_of_attempts, processes_of_instance
+from app.processes import processes_of_attempts
 from app.settings import Settings
-from app.up import running_service
+from tests.e2e.real_service import service, succeeded
 from tests.support import wait_for
 from tests.workers.conftest import SYSTEM, conversation, make_servable_model
 
@@ -33,38 +30,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="module")
 def client(settings: Settings) -> Iterator[Client]:
     """A service of real processes."""
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "HOME": str(settings.data_dir.parent),
-        "TUNESMITH_DATA_DIR": str(settings.data_dir),
-        "TUNESMITH_MODEL_ROOTS": str(settings.model_roots[0]),
-        "TUNESMITH_PORT": "0",
-    }
-    settings.data_dir.mkdir()
-    log = settings.data_dir / "up.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-m", "app.cli", "up"], env=environment, stdout=output, stderr=output
-        )
-    try:
-        wait_for(lambda: running_service(settings) or process.poll() is not None, 60)
-        assert process.poll() is None, log.read_text()
-        with Client.find(settings) as found:
-            yield found
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(120)
-    assert not processes_of_instance(settings.instance), "the service left processes behind"
-
-
-def succeeded(client: Client, job: dict[str, Any]) -> dict[str, Any]:
-    """The job once it is final; its log when it failed."""
-    for _ in client.follow(job["id"]):
-        pass
-    final: dict[str, Any] = client.call("GET", f"/jobs/{job['id']}")
-    log = client.call("GET", f"/jobs/{job['id']}/logs")
-    assert final["status"] == "succeeded", f"{final['error']}\n{log}"
-    return final
+    with service(settings) as client:
+        yield client
 
 
 def test_a_posted_job_becomes_a_model_that_an_openai_client_chats_with(
