@@ -17,7 +17,7 @@ from app.main import create_app
 from app.queue import Doorbell
 from app.reconciler import Reconciler
 from app.schema import Unusable, require_head
-from app.settings import Settings
+from app.settings import BadRunDir, Settings
 from app.up import LISTEN_FD
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     settings = Settings()
     try:
         app = application(settings)
-    except Unusable as error:
+    except (Unusable, BadRunDir) as error:
         sys.exit(f"the API does not start: {error}")
     config = uvicorn.Config(
         app,

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from app.deps import Rooms
+from app.deps import Rooms, presented
 from app.errors import Unauthorized
 
 
@@ -16,8 +16,8 @@ def add(app: FastAPI, rooms: Rooms) -> None:
     """Adds both routes."""
 
     def check(request: Request) -> None:
-        headers = request.headers.getlist("authorization")
-        caller = rooms.keys.check(_from_basic(headers[0]) if len(headers) == 1 else None)
+        header = presented(request.headers)
+        caller = rooms.keys.check(_from_basic(header) if header is not None else None)
         assert caller.key_id
 
     def guarded(request: Request, page: Any) -> Any:

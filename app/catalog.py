@@ -10,13 +10,24 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, TypeAdapter
 
-from app.errors import BadRequest
+from app.engines import Engine
+from app.errors import BadRequest, Code
 from app.grading import GraderSpec, Sample, Scoring
 from app.specs import DeploymentOptions, DeploySpec, Dtype, JobSpec, TrainSpec
 
 SlotClass = Literal["train", "serve", "light"]
 ArtifactKind = Literal["adapter", "model", "reward", "report", "gguf"]
 HealthStatus = Literal["ok", "warning", "failed"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """The engines that answer for a model now, one or more."""
+
+    sockets: tuple[Path, ...]
+    """Where they listen: HTTP over unix sockets."""
+    name: str
+    """What they call the model."""
 
 
 class RunContext(Protocol):
@@ -54,6 +65,13 @@ class RunContext(Protocol):
 
     def interpreter(self, name: Literal["quantize"]) -> Path:
         """Python with a library that cannot live beside ours. Raises RunError engine_missing where there is none."""
+        ...
+
+    def served(self, field: Literal["model", "baseline"]) -> Served | str:
+        """What answers for an input now, or why nothing does at the moment; it is kept awake from then on.
+
+        For jobs with ``deployment``. Raises RunError once the model is not served any more.
+        """
         ...
 
     def phase(self, name: str) -> None:
@@ -153,6 +171,8 @@ class Operation:
     spec: type[JobSpec]
     run: Callable[[Any, RunContext], None]
     slot: SlotClass = "light"
+    slot_of: Callable[[Any], SlotClass] | None = None
+    """The class of slot by the spec, where it is not the same for all."""
     variables: tuple[str, ...] = ()
     """Beginnings of environment variables of the worker that its runner gets beside those that all get: secrets."""
     wants_card: bool = False
@@ -264,41 +284,6 @@ class MergeMethod:
     """Whether weights are divided by their sum, which cannot be zero then."""
 
 
-@dataclass(frozen=True)
-class EngineLaunch:
-    """What an engine needs to know to be started; made by us, never by a client."""
-
-    python: Path
-    model_dir: Path
-    served_name: str
-    socket: Path
-    options: DeploymentOptions
-    has_gpu: bool
-    dtype: str
-    cpu_threads: int = 2
-    chat_template: Path | None = None
-    tool_call_parser: str | None = None
-    reasoning_parser: str | None = None
-
-
-@dataclass(frozen=True)
-class Engine:
-    """One serving engine: pure functions from a launch to an argv list and environment."""
-
-    name: str
-    argv: Callable[[EngineLaunch], list[str]]
-    env: Callable[[EngineLaunch], dict[str, str]]
-    health_path: str = "/health"
-    hot_load: bool = False
-    """Whether it loads adapters while it serves: ``POST /v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``."""
-    comparable: bool = False
-    """Whether its answers are to be held against transformers': texts and chats, greedy, with log-probabilities."""
-    own_python: bool = False
-    """Whether it runs in the worker's own environment; else in the one that has vLLM."""
-    busy: tuple[str, ...] = ()
-    """Series of ``/metrics`` whose sum is above zero while it has something to do."""
-
-
 class CatalogError(Exception):
     """A plug file that is broken: it stops the process at start-up."""
 
@@ -326,18 +311,31 @@ class Catalog:
             return DeploySpec
         return self.operations[type_].spec if type_ in self.operations else None
 
-    def check_engine(self, name: str) -> None:
-        """Raises BadRequest for an engine that nobody plugged in; auto is left to the worker."""
+    def check_engine(self, options: DeploymentOptions) -> None:
+        """Raises BadRequest for an engine that nobody plugged in, or that cannot do what is asked of it.
+
+        ``auto`` is left to the worker.
+        """
+        name = options.engine
         if name not in ("auto", *self.engines):
             names = ", ".join(("auto", *self.engines))
             raise BadRequest(f"engine {name!r} is unknown", param="engine", hint=f"One of: {names}.")
+        lacks = self.engines[name].cannot(options) if name in self.engines else None
+        if lacks is not None:
+            field, why = lacks
+            raise BadRequest(
+                f"{field}: the engine {name} {why}",
+                param=field,
+                code=Code.CONFLICTING_FIELDS,
+                hint=f"Leave {field} out, or deploy with engine: vllm.",
+            )
 
-    def slot_class(self, type_: str, algorithm: str | None) -> SlotClass:
+    def slot_class(self, spec: JobSpec) -> SlotClass:
         """Which class of slot a job runs in."""
-        if type_ == "serve":
-            return "serve"
-        plug = self.recipes[algorithm] if type_ == "train" and algorithm else self.operations[type_]
-        return plug.slot
+        if isinstance(spec, TrainSpec):
+            return self.recipes[spec.algorithm].slot
+        plug = self.operations[spec.type]
+        return plug.slot if plug.slot_of is None else plug.slot_of(spec)
 
     def prepares(self, type_: str, algorithm: str | None) -> bool:
         """Whether a light slot makes the inputs ready before the job takes its own."""

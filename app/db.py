@@ -169,7 +169,9 @@ def make_engine(url: str, *, create: bool = False) -> Engine:
         pool_size=10,
         max_overflow=20,
         pool_pre_ping=True,
-        connect_args={"connect_timeout": 5},
+        # As long as a server may pause while another takes over: a connection that is open waits, and a new one
+        # must not give up before it. A server that is down refuses at once.
+        connect_args={"connect_timeout": 30},
     )
 
 

@@ -16,7 +16,7 @@ from app.artifacts import inspect, references
 from app.catalog import Catalog
 from app.crashpoints import reached
 from app.db import Database, after_commit
-from app.deployments import adapters, hotload, loaded, repository, service
+from app.deployments import adapters, hotload, loaded, replicas, service
 from app.deployments.adapters import Looked
 from app.errors import AppError, Code, Conflict
 from app.jobs import claims
@@ -107,7 +107,7 @@ class DeployJobs:
             row = self._of_base(session, job, spec, found)
             adapters.attach(session, row, found, job.created_by, param="model")
             if row.status == DeploymentState.SLEEPING:
-                repository.wake(session, row)
+                replicas.wake(session, row)
         session.get_one(Job, job.id).deployment_id = row.id
 
     def _deployment(self, session: Session, job: Job, name: str, model: str, options: DeploymentOptions) -> Deployment:
@@ -126,7 +126,7 @@ class DeployJobs:
         """The deployment of the adapter's base that is nearest to answering, else a new one."""
         assert found.candidate.adapter.folder is not None
         rank = hotload.rank_of(found.candidate.adapter.folder)
-        running = adapters.nearest(session, job.project_id, found.candidate, rank)
+        running = adapters.nearest(session, job.project_id, found.candidate, rank, spec)
         if running is not None:
             return running
         root = found.candidate.root

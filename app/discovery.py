@@ -11,7 +11,8 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from app.catalog import Catalog, CatalogError, Engine, Grader, MergeMethod, Operation, Recipe, Tracker
+from app.catalog import Catalog, CatalogError, Grader, MergeMethod, Operation, Recipe, Tracker
+from app.engines import Engine
 from app.grading import typed
 
 Plug = Recipe | Grader | Operation | Tracker | MergeMethod | Engine

@@ -5,6 +5,7 @@ Services raise these; the one handler in ``app.main`` turns them into the error 
 """
 
 from enum import StrEnum
+from typing import Any
 
 
 class Code(StrEnum):
@@ -55,6 +56,7 @@ class Code(StrEnum):
     WRONG_KIND = "wrong_kind"
     MODEL_NOT_READY = "model_not_ready"
     TOOLS_NOT_SUPPORTED = "tools_not_supported"
+    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     ENDPOINT_NOT_SUPPORTED = "endpoint_not_supported"
     MODEL_WAKING = "model_waking"
     DISK_FULL = "disk_full"
@@ -115,6 +117,20 @@ class AppError(Exception):
         """The error object of the contract; ``hint`` only when there is one."""
         body = {"message": self.message, "type": self.type, "param": self.param, "code": str(self.code)}
         return {"error": body if self.hint is None else {**body, "hint": self.hint}}
+
+
+def plainly(message: str) -> str:
+    """Pydantic's message as the rest of a sentence."""
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def anthropics(error: AppError, request_id: str | None = None) -> dict[str, Any]:
+    """The same error in Anthropic's frame, for ``/v1/messages``: of their types ours lack but one."""
+    told = error.as_object()["error"]
+    kind = "api_error" if error.type == "server_error" else error.type
+    frame: dict[str, Any] = {"type": "error", "error": {**told, "type": kind}}
+    return frame if request_id is None else {**frame, "request_id": request_id}
 
 
 class BadRequest(AppError):

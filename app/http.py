@@ -28,10 +28,13 @@ from app.errors import (
     TooLarge,
     Unavailable,
     UnsupportedMediaType,
+    anthropics,
+    plainly,
 )
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
+_ANTHROPIC = "/v1/messages"
 _UPLOADS = ("/files", "/v1/files")
 _MULTIPART_SLACK = 1 << 20
 _MAX_HEADER_BYTES = 32 << 10
@@ -73,7 +76,8 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                names = (b"x-request-id", b"request-id") if scope["path"] == _ANTHROPIC else (b"x-request-id",)
+                message["headers"] = [*message["headers"], *((name, request_id.encode()) for name in names)]
             await send(message)
 
         problem = self._refuse(scope, cap)
@@ -89,7 +93,7 @@ class Guard:
                 if started:
                     raise
                 problem = Unavailable("the service is stopping", retry_after=5, code=Code.STOPPING)
-        await answer(problem)(scope, receive, tagged)
+        await answer(problem, Request(scope))(scope, receive, tagged)
 
     def _cap(self, path: str) -> int:
         if path.rstrip("/") in _UPLOADS:
@@ -131,7 +135,7 @@ def _too_large(cap: int) -> TooLarge:
     return TooLarge(f"the body is larger than {cap} bytes", hint="Send less, or upload data with POST /files.")
 
 
-def answer(error: AppError) -> JSONResponse:
+def answer(error: AppError, request: Request) -> JSONResponse:
     """An error as a response, with the headers that tell clients whether to try again."""
     headers = dict(error.headers)
     if error.retry_after is not None:
@@ -140,7 +144,9 @@ def answer(error: AppError) -> JSONResponse:
         headers["x-should-retry"] = "false"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error.as_object(), error.status, headers)
+    anthropic = request.scope["path"] == _ANTHROPIC
+    body = anthropics(error, getattr(request.state, "request_id", None)) if anthropic else error.as_object()
+    return JSONResponse(body, error.status, headers)
 
 
 def install(app: FastAPI) -> None:
@@ -158,9 +164,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-async def _app_error(_: Request, error: Exception) -> JSONResponse:
+async def _app_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AppError)
-    return answer(error)
+    return answer(error, request)
 
 
 async def _validation(request: Request, error: Exception) -> JSONResponse:
@@ -172,31 +178,37 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
     # FastAPI hands an unread body on as it is, and then misses fields in it.
     if first["loc"][0] == "body" and media != wanted and (media or first["type"] != "missing"):
         named = media[:64] or "a body without a Content-Type"
-        return answer(UnsupportedMediaType(f"{named} is not read here", param="Content-Type", hint=f"Send {wanted}."))
+        return answer(
+            UnsupportedMediaType(f"{named} is not read here", param="Content-Type", hint=f"Send {wanted}."), request
+        )
     steps = [str(step) for step in first["loc"] if step not in ("body", "query", "path", "header")]
     param = ".".join(steps) or None
     kind = str(first["type"])
     context = first.get("ctx") or {}
     code = Code.INVALID_TYPE if kind.endswith("_type") else Code.INVALID_VALUE
-    message = f"{param}: {first['msg'][0].lower()}{first['msg'][1:]}" if param else str(first["msg"])
+    message = f"{param}: {plainly(first['msg'])}" if param else str(first["msg"])
     if kind == "missing":
         code, message = Code.MISSING_FIELD, f"{param or 'the body'} is missing"
     elif kind == "extra_forbidden":
         code, message = Code.UNKNOWN_FIELD, f"{param} is not a field here"
+    elif kind == "conflict":
+        said = BadRequest(context["reason"], param=context["field"], code=Code.CONFLICTING_FIELDS, hint=context["hint"])
+        return answer(said, request)
     elif kind == "json_invalid":
         code, param, message = Code.INVALID_JSON, None, f"the body is not valid JSON: {context.get('error', '')}"
-    return answer(BadRequest(message, param=param, code=code, hint=_SEE_DOCS))
+    return answer(BadRequest(message, param=param, code=code, hint=_SEE_DOCS), request)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
     """What Starlette raises by itself: unknown routes, wrong methods, unreadable forms."""
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, AppError):  # raised while FastAPI read the body
-        return answer(error.__cause__)
+        return answer(error.__cause__, request)
     problem = BadRequest(str(error.detail), hint=_SEE_DOCS)
     problem.status = error.status_code
     if error.status_code == 404:
-        problem = BadRequest(f"there is nothing at {request.url.path[:200]}", code=Code.NOT_FOUND, hint="See /docs.")
+        message = f"there is nothing at {request.url.path[:200]}"
+        problem = BadRequest(message, code=Code.NOT_FOUND, hint=_meant(request) or "See /docs.")
         problem.status, problem.type = 404, "not_found_error"
     elif error.status_code == 405:
         allowed = _allowed(request)
@@ -204,8 +216,17 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
             f"{request.method} is not possible here", code=Code.METHOD_NOT_ALLOWED, hint=f"Possible: {allowed}."
         )
         problem.status = 405
-        return _with_headers(answer(problem), {"Allow": allowed})
-    return _with_headers(answer(problem), error.headers or {})
+        return _with_headers(answer(problem, request), {"Allow": allowed})
+    return _with_headers(answer(problem, request), error.headers or {})
+
+
+def _meant(request: Request) -> str | None:
+    """A hint for a client whose base URL has a /v1 too few or too many."""
+    path = str(request.url.path)
+    other = path.removeprefix("/v1") if path.startswith("/v1/v1/") else f"/v1{path}"
+    if any(route.matches({**request.scope, "path": other})[0] is not Match.NONE for route in request.app.routes):
+        return f"There is {other}: the base URL of OpenAI's clients ends in /v1, that of Anthropic's does not."
+    return None
 
 
 def _allowed(request: Request) -> str:
@@ -222,13 +243,15 @@ def _with_headers(response: JSONResponse, headers: Mapping[str, str]) -> JSONRes
     return response
 
 
-async def _database(_: Request, error: Exception) -> JSONResponse:
+async def _database(request: Request, error: Exception) -> JSONResponse:
     """Busy, away or full. SQLAlchemy's own time-out is that of the pool and of the queue of SQLite's writers."""
     cause = error.orig if isinstance(error, OperationalError) else error
     log.warning("database: %s", cause)
     if was_full(error):
-        return answer(InsufficientStorage("the disk is full", hint="Free space in the data directory, then try again."))
-    return answer(Unavailable("the database does not answer right now", retry_after=2))
+        return answer(
+            InsufficientStorage("the disk is full", hint="Free space in the data directory, then try again."), request
+        )
+    return answer(Unavailable("the database does not answer right now", retry_after=2), request)
 
 
 async def _broken_database(request: Request, error: Exception) -> JSONResponse:
@@ -238,7 +261,9 @@ async def _broken_database(request: Request, error: Exception) -> JSONResponse:
         return await _unexpected(request, error)
     log.error("database: %s", error.orig)
     hint = "The operator restores it from a backup (docs/operate.md)."
-    return answer(Unavailable("the database is damaged", retry_after=60, code=Code.DATABASE_DAMAGED, hint=hint))
+    return answer(
+        Unavailable("the database is damaged", retry_after=60, code=Code.DATABASE_DAMAGED, hint=hint), request
+    )
 
 
 async def _disk(request: Request, error: Exception) -> JSONResponse:
@@ -246,26 +271,26 @@ async def _disk(request: Request, error: Exception) -> JSONResponse:
     if not disk.is_full(error):
         return await _unexpected(request, error)
     log.warning("the disk is full: %s", error)
-    return answer(InsufficientStorage("the disk is full", hint="Free space on it, then try again."))
+    return answer(InsufficientStorage("the disk is full", hint="Free space on it, then try again."), request)
 
 
-async def _data(_: Request, error: Exception) -> JSONResponse:
+async def _data(request: Request, error: Exception) -> JSONResponse:
     """A value that passed our checks and that the database cannot hold."""
     assert isinstance(error, DataError)
     log.warning("unstorable value: %s", type(error.orig).__name__)  # its text may quote the request
-    return answer(BadRequest("a value in the request cannot be stored", hint=_SEE_DOCS))
+    return answer(BadRequest("a value in the request cannot be stored", hint=_SEE_DOCS), request)
 
 
-async def _gone(_: Request, error: Exception) -> JSONResponse:
+async def _gone(request: Request, error: Exception) -> JSONResponse:
     """The client left while it sent; nobody reads this answer."""
-    return answer(BadRequest("the body ended too early", hint="Send all of it."))
+    return answer(BadRequest("the body ended too early", hint="Send all of it."), request)
 
 
-async def _integrity(_: Request, error: Exception) -> JSONResponse:
+async def _integrity(request: Request, error: Exception) -> JSONResponse:
     """Two requests wanted the same name at the same moment; the database let one through."""
     assert isinstance(error, IntegrityError)
     log.warning("conflict: %s", error.orig)
-    return answer(Conflict("another request took this name at the same moment", code=Code.NAME_TAKEN))
+    return answer(Conflict("another request took this name at the same moment", code=Code.NAME_TAKEN), request)
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
@@ -274,4 +299,4 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     problem = AppError("something went wrong here", code=Code.INTERNAL_ERROR, hint=f"The log has it: {request_id}.")
     problem.status, problem.type = 500, "server_error"
     # This answer leaves outside the Guard.
-    return _with_headers(answer(problem), {"x-request-id": request_id})
+    return _with_headers(answer(problem, request), {"x-request-id": request_id})

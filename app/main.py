@@ -12,8 +12,8 @@ from app.aliases.router import router as aliases
 from app.artifacts.router import router as artifacts
 from app.capabilities.router import router as capabilities
 from app.db import Database
+from app.deployments.manners import Manners
 from app.deployments.router import router as deployments
-from app.deployments.tools import ToolTable
 from app.deps import Rooms, RoomsDep
 from app.discovery import discover
 from app.files.router import router as files
@@ -40,7 +40,7 @@ DESCRIPTION = """\
 Fine-tune, merge, prove and serve language models on your own GPUs.
 
 `POST /files`, then `POST /jobs`, follow `/jobs/{id}/stream`, and chat through `/v1` with any OpenAI client.
-Every route but `/healthz` and `/readyz` needs `Authorization: Bearer <key>`.
+Every route but `/healthz` and `/readyz` needs `Authorization: Bearer <key>`; `x-api-key: <key>` does as well.
 Errors are always `{"error": {"message", "type", "param", "code", "hint"}}`.
 """
 
@@ -64,7 +64,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.tailer = Tailer(database)
         app.state.desk = Desk(
-            EngineClient(ToolTable(database, settings).reads_tools, wake_seconds=settings.wake_seconds),
+            EngineClient(Manners(database, settings), wake_seconds=settings.wake_seconds),
             Limiter(_limits(settings), broker_url),
             Meter(database),
         )
@@ -117,7 +117,7 @@ def _add_schemas(app: FastAPI, rooms: Rooms) -> None:
             schema = rooms.catalog.schema_adapter().json_schema(ref_template="#/components/schemas/{model}")
             schemas = document["components"]["schemas"]
             schemas |= schema.pop("$defs")
-            schemas["JobSpec"] = schema
+            schemas["JobSpec"] = _with_names(schema, schemas)
             schemas["Error"] = _ERROR
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
@@ -128,6 +128,19 @@ def _add_schemas(app: FastAPI, rooms: Rooms) -> None:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _with_names(union: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """Names the unions within a union: a discriminator maps to names alone in OpenAPI; pydantic writes them out."""
+    mapping = union["discriminator"]["mapping"]
+    for value, inner in mapping.items():
+        if isinstance(inner, dict):
+            name = f"{value.title()}Spec"
+            assert name not in schemas
+            schemas[name] = inner
+            mapping[value] = f"#/components/schemas/{name}"
+            union["oneOf"] = [{"$ref": mapping[value]} if one == inner else one for one in union["oneOf"]]
+    return union
 
 
 _ERROR = {

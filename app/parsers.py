@@ -5,6 +5,112 @@ whatever it is called. The parsers' names are those of vLLM 0.32.
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+# What a deployment may name: the parsers that vLLM brings along. Any other name would be one that a plugin registers,
+# and a plugin is a file of code.
+ToolParser = Literal[
+    "auto",
+    "none",
+    "apertus",
+    "cohere_command3",
+    "cohere_command4",
+    "deepseek_v3",
+    "deepseek_v31",
+    "deepseek_v32",
+    "deepseek_v4",
+    "deepseek_v41",
+    "dots",
+    "ernie45",
+    "functiongemma",
+    "gemma4",
+    "gigachat3",
+    "glm45",
+    "glm47",
+    "granite",
+    "granite-20b-fc",
+    "granite4",
+    "hermes",
+    "hf",
+    "hunyuan_a13b",
+    "hy_v3",
+    "hy_v4",
+    "inkling",
+    "internlm",
+    "jamba",
+    "k2_horizon",
+    "kimi_k2",
+    "kimi_k3",
+    "lfm2",
+    "ling3",
+    "llama3_json",
+    "llama4_json",
+    "llama4_pythonic",
+    "longcat",
+    "mimo",
+    "minicpm5",
+    "minimax_m2",
+    "minimax_m3",
+    "mistral",
+    "muse_glimmer",
+    "olmo3",
+    "openai",
+    "phi4_mini_json",
+    "plamo3",
+    "poolside_v1",
+    "pythonic",
+    "qwen3_coder",
+    "qwen3_json",
+    "qwen3_xml",
+    "seed_oss",
+    "step3",
+    "step3p5",
+    "xlam",
+]
+"""Of ``--tool-call-parser``; auto = by the family of the chat template."""
+ReasoningParser = Literal[
+    "auto",
+    "none",
+    "cohere_command3",
+    "cohere_command4",
+    "deepseek_r1",
+    "deepseek_v3",
+    "deepseek_v4",
+    "deepseek_v41",
+    "ernie45",
+    "gemma4",
+    "glm45",
+    "glm47",
+    "granite",
+    "granite_thinking_parser",
+    "hf",
+    "holo2",
+    "hunyuan_a13b",
+    "hy_v3",
+    "hy_v4",
+    "inkling",
+    "k2_horizon",
+    "kimi_k2",
+    "kimi_k3",
+    "ling3",
+    "mimo",
+    "minicpmv",
+    "minimax_m2",
+    "minimax_m2_append_think",
+    "minimax_m3",
+    "mistral",
+    "muse_glimmer",
+    "nemotron_v3",
+    "olmo3",
+    "openai_gptoss",
+    "plamo3",
+    "poolside_v1",
+    "qwen3",
+    "seed_oss",
+    "step3",
+    "step3p5",
+]
+"""Of ``--reasoning-parser``; auto = by the chat template."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +166,16 @@ def for_template(template: str | None) -> Parsers:
     if reasoning is None and _opens_thought(template):
         reasoning = "deepseek_r1"
     return Parsers(family.parser if family else None, reasoning)
+
+
+def chosen(template: str | None, tool: str = "auto", reasoning: str = "auto") -> Parsers:
+    """The parsers that an engine is started with: those that were named, else those for its model's chat template."""
+    found = for_template(template)
+    return Parsers(_picked(tool, found.tool), _picked(reasoning, found.reasoning))
+
+
+def _picked(asked: str, found: str | None) -> str | None:
+    return found if asked == "auto" else None if asked == "none" else asked
 
 
 def _opens_thought(template: str) -> bool:

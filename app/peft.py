@@ -73,9 +73,8 @@ class PeftBlock(Spec):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("preset") in PEFT_PRESETS:
-            return {**PEFT_PRESETS[data["preset"]], **data}
-        return data
+        preset = data.get("preset") if isinstance(data, dict) else None
+        return {**PEFT_PRESETS.get(preset, {}), **data} if isinstance(preset, str) else data
 
     @model_validator(mode="after")
     def _fill(self) -> Self:

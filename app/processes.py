@@ -264,9 +264,14 @@ def processes_of_attempts(instance: str) -> list[int]:
     return [pid for pid in processes_of_instance(instance) if not _token_of(pid).startswith(f"{instance}:{SPARE}:")]
 
 
+def holders_of_slot(instance: str, slot_id: str) -> list[int]:
+    """Living processes of the attempts on a slot: tokens are ``<instance>:<job>:<fence>:<slot>``."""
+    return [pid for pid in processes_of_instance(instance) if _token_of(pid).endswith(f":{slot_id}")]
+
+
 def kill_holders_of_slot(instance: str, slot_id: str) -> list[int]:
-    """SIGKILL for what a dead worker left on a slot: tokens are ``<instance>:<job>:<fence>:<slot>``. Returns pids."""
-    killed = [pid for pid in processes_of_instance(instance) if _token_of(pid).endswith(f":{slot_id}")]
+    """SIGKILL for what a dead worker left on a slot. Returns pids."""
+    killed = holders_of_slot(instance, slot_id)
     for pid in killed:
         _kill_holder(pid, _token_of(pid))
     return killed

@@ -1,6 +1,6 @@
 """The loop that sets right what nobody else will: rings for waiting jobs, reaps silent ones, settles deploy jobs.
 
-It also says which jobs have no slot anywhere, asks runs to make room, and ends waits that lasted too long.
+It also says which jobs have no slot anywhere, asks engines and runs to make room, and ends waits that lasted too long.
 
 Runs in every API and every worker process; each step is a guarded UPDATE, so any number may run at once.
 """
@@ -23,11 +23,12 @@ from app.catalog import Catalog
 from app.crashpoints import reached
 from app.db import Database, after_commit
 from app.deploying import DeployJobs
-from app.deployments import repository as deployments
-from app.deployments import service
+from app.deployments import replicas, service
+from app.deployments.rollout import Rollouts
 from app.fleet import repository as fleet
 from app.jobs import capacity, claims, deadlines, preemption, repository, room
 from app.jobs.repository import Move
+from app.jobs.yielding import Yielding
 from app.models import Job, now
 from app.queue import AnyDoorbell
 from app.settings import Settings
@@ -70,6 +71,8 @@ class Reconciler(threading.Thread):
         self._settings = settings
         self._database = database
         self._deploys = DeployJobs(settings, database, catalog, doorbell)
+        self._rollouts = Rollouts(database, doorbell)
+        self._yielding = Yielding(database, doorbell, settings.yield_idle_seconds)
         self._doorbell = doorbell
         self._monotonic = monotonic
         self._wall = wall
@@ -97,6 +100,7 @@ class Reconciler(threading.Thread):
                     self.tick()
                 elif not self._stop_event.is_set():
                     self._deploys.tick()
+                    self._rollouts.tick()
                     self._stop_event.wait(_PAUSE)
             except SQLAlchemyError as error:
                 self._watched.clear()  # a blind reaper must not count the time it did not see
@@ -126,6 +130,7 @@ class Reconciler(threading.Thread):
             self._end_waits()
             self._keep_room()
         self._deploys.tick()
+        self._rollouts.tick()
 
     def _ring(self) -> None:
         """A queued row is the message; the doorbell is rung again as long as one waits."""
@@ -179,7 +184,11 @@ class Reconciler(threading.Thread):
                 service.settle_orphans(session)
 
     def _preempt(self) -> None:
-        """Asks preemptible runs to make room. How long they ran is what this process has seen of them itself."""
+        """Asks idle engines to make room, then preemptible runs, whose work it would interrupt.
+
+        How long those ran is what this process has seen of them itself.
+        """
+        served = self._yielding.tick(self._recent(), min(self._wall(), self._own()), self._monotonic())
         with self._database.read() as session:
             if not preemption.needed(session):
                 return
@@ -188,7 +197,7 @@ class Reconciler(threading.Thread):
         with self._database.write() as session:
             preemption.settle(session, self._wall())
             boards = fleet.boards(session, self._recent())
-            preemption.ask(session, boards, ran, self._settings.preempt_after_seconds, self._wall())
+            preemption.ask(session, boards, ran, self._settings.preempt_after_seconds, self._wall(), served)
 
     def _end_waits(self) -> None:
         """Fails jobs that found no slot in time; lets start what a clock that was set back would hold up.
@@ -254,9 +263,10 @@ def reap(session: Session, job: Job, why: str = "Its worker fell silent") -> boo
     else:
         values = {**fence, **repository.back_in_queue(job)}
         move = Move(JobState.QUEUED, "worker_lost", f"{why}; the job runs again.", "warn", values=values)
+    if job.type == "serve" and job.deployment_id:
+        replicas.lock(session, job.deployment_id)
     moved = repository.transition(session, job.id, JobState.RUNNING, move, *guards)
-    if moved and job.type == "serve" and job.deployment_id:
+    if moved and job.type == "serve":
         left = {JobState.CANCELLED: DeploymentState.STOPPED, JobState.FAILED: DeploymentState.FAILED}
-        to = left.get(move.to, DeploymentState.QUEUED)
-        deployments.transition(session, job.deployment_id, to, replica=job.id, socket=None)
+        replicas.move(session, job.id, left.get(move.to, DeploymentState.QUEUED), socket=None)
     return moved

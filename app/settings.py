@@ -28,6 +28,10 @@ def _interpreter(named: Path | None, environment: str) -> Path | None:
     return path if path.is_file() else None
 
 
+class BadRunDir(RuntimeError):
+    """The folder for sockets cannot be used; the message says what to set."""
+
+
 class Settings(BaseSettings):
     """Everything that an operator can set. Each field is ``TUNESMITH_<NAME>`` in the environment."""
 
@@ -84,6 +88,9 @@ class Settings(BaseSettings):
     preempt_after_seconds: float = Field(
         600.0, ge=0, description="A preemptible run is left alone for so long before another may take its slot."
     )
+    yield_idle_seconds: float = Field(
+        60.0, ge=0, description="How long an engine must have been idle before a job without a slot may have its GPU."
+    )
     key_requests_per_minute: int | None = Field(
         None, ge=1, description="Requests to models that a key may make a minute; default no limit."
     )
@@ -131,18 +138,24 @@ class Settings(BaseSettings):
         """Eight hex digits that tell this installation's processes from another's."""
         return hashlib.sha256(os.fsencode(self.data_dir)).hexdigest()[:8]
 
-    @cached_property
+    @property
     def sockets(self) -> Path:
-        """RUN_DIR, made 0700 on first use. A unix socket's path holds 107 bytes, so it is short."""
+        """RUN_DIR, made 0700 whenever it is not there: what cleans up temporary folders may have taken it away.
+
+        A unix socket's path holds 107 bytes, so it is short.
+        """
         base = os.environ.get("XDG_RUNTIME_DIR")
         default = Path(base if base and os.access(base, os.W_OK) else tempfile.gettempdir())
         path = (self.run_dir or default / f"ts-{os.getuid()}-{self.instance}").absolute()
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.stat().st_uid != os.getuid():
-            raise RuntimeError(f"{path} belongs to another user; set TUNESMITH_RUN_DIR")
-        path.chmod(0o700)
         if len(os.fsencode(path)) + 17 > 107:
-            raise RuntimeError(f"{path} is too long for unix sockets; set TUNESMITH_RUN_DIR to a shorter folder")
+            raise BadRunDir(f"{path} is too long for unix sockets; set TUNESMITH_RUN_DIR to a shorter folder")
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.stat().st_uid != os.getuid():
+                raise BadRunDir(f"{path} belongs to another user; set TUNESMITH_RUN_DIR")
+            path.chmod(0o700)
+        except OSError as error:
+            raise BadRunDir(f"{path} cannot be used ({error.strerror}); set TUNESMITH_RUN_DIR") from error
         return path
 
     @property

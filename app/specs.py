@@ -22,6 +22,7 @@ from app.blocks import (
     conflict,
 )
 from app.peft import PEFT_PRESETS, PeftBlock, QuantizationBlock, check_quantised, check_reference
+from app.serving import DeploymentOptions, LoraRank, take_resources
 from app.training import Better, DatasetBlock, EarlyStopping, TrainingBlock
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "FollowUp",
     "JobSpec",
     "Limits",
+    "LoraRank",
     "ModelBlock",
     "ModelRef",
     "Name",
@@ -102,6 +104,8 @@ class JobSpec(Spec):
     preemptible: bool = Field(False, description="A job of higher priority may pause this one and take its slot.")
     takes_adapters: ClassVar[bool] = False
     """Whether a model field may lead to an adapter."""
+    asks_served: ClassVar[bool] = False
+    """Whether ``deployment``, where it is set, names what is asked in place of the files behind ``model``."""
 
     def default_name(self) -> str:
         """The experiment name for a spec that gives none (a date is appended by the service)."""
@@ -324,46 +328,6 @@ class TrainSpec(JobSpec):
         return "_".join(parts)
 
 
-LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
-"""The sizes that vLLM makes room for."""
-
-
-class DeploymentOptions(Spec):
-    """What may be said about the engine: a typed list, never a command line."""
-
-    engine: str = Field(
-        "auto",
-        pattern=r"^[a-z][a-z0-9_]{0,31}$",
-        description="Which engine file serves the model; auto = vllm, where there is none transformers.",
-    )
-    max_model_len: int | None = Field(None, ge=16, le=1_048_576, description="Longest prompt plus answer in tokens.")
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="auto = by hardware.")
-    gpu_memory_utilization: float = Field(0.9, gt=0.05, le=0.98, description="Share of a GPU that the engine may take.")
-    tensor_parallel_size: int = Field(1, ge=1, le=1, description="GPUs that share one replica.")
-    replicas: int = Field(1, ge=1, le=1, description="Copies of the engine.")
-    start_timeout: int = Field(600, ge=10, le=7200, description="Seconds until a start counts as failed.")
-    idle_timeout: int | None = Field(
-        None,
-        ge=1,
-        le=2_592_000,
-        description="Seconds without a request after which the engine ends; the next wakes it.",
-    )
-    hot_load: bool | None = Field(
-        None,
-        description="Whether adapters can be loaded while it serves; default: when the model was not trained here.",
-    )
-    parity: Literal["required", "warn", "off"] = Field(
-        "required",
-        description="When it is ready, its answers are read by transformers; required = an engine that says something "
-        "else than the model fails the deployment, warn = it goes on.",
-    )
-    max_lora_rank: LoraRank = Field(64, description="Largest rank of an adapter; the engine keeps room for it.")
-    max_loras: int = Field(4, ge=1, le=64, description="Adapters that can share one batch.")
-    max_adapters: int = Field(
-        16, ge=1, le=1024, description="Adapters kept loaded; beyond that the least recently used one is put away."
-    )
-
-
 class DeploySpec(JobSpec, DeploymentOptions):
     """Serve a model or an adapter: the job succeeds when it answers for the first time under its name.
 
@@ -374,6 +338,12 @@ class DeploySpec(JobSpec, DeploymentOptions):
     model: ModelRef
     name: Name = Field(description="The model name that clients ask for.")
     takes_adapters: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _resources(self) -> Self:
+        if "resources" in self.model_fields_set:
+            take_resources(self, self.resources)
+        return self
 
 
 class ServeSpec(JobSpec, DeploymentOptions):

@@ -76,6 +76,10 @@ DEPLOYMENT_LIVE = frozenset(state for state, moves in DEPLOYMENT_MOVES.items() i
 """Reachable by its name, or about to be."""
 
 
+WAKING = "waking"
+"""Phase of a replica's job, from the request that woke it until its engine answers."""
+
+
 class AdapterState(StrEnum):
     """How far the engine of a deployment is with one of its adapters."""
 

@@ -92,11 +92,22 @@ class Storage:
         """Deletes an artifact's bytes, when its row is gone. What cannot be deleted now is left to the collector."""
         shutil.rmtree(self.artifact_dir(artifact_id), ignore_errors=True)
 
-    def verify(self, artifact_id: str, *, read: bool = True) -> list[str]:
-        """Names of files that are missing or differ from the manifest; without ``read`` by their sizes alone."""
+    def verify(self, artifact_id: str, *, read: bool = True, sha256: str | None = None) -> list[str]:
+        """Names of files that are missing, were added, or differ from the manifest; without ``read`` by sizes alone.
+
+        ``sha256``: what the manifest's own hash was. The manifest alone is named where it is not whole itself.
+        """
         folder = self.artifact_dir(artifact_id)
-        entries = json.loads((folder / MANIFEST).read_bytes())["files"]
-        return [name for name, entry in entries.items() if not _is_whole(folder / name, entry, read=read)]
+        try:
+            manifest = (folder / MANIFEST).read_bytes()
+            entries = json.loads(manifest)["files"]
+            faults = [name for name, entry in entries.items() if not _is_whole(folder / name, entry, read=read)]
+            added = [name for name in _names(folder) if name not in (MANIFEST, COMPLETE, *entries)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return [MANIFEST]
+        if sha256 is not None and hashlib.sha256(manifest).hexdigest() != sha256:
+            return [MANIFEST]
+        return faults + added
 
     @staticmethod
     def commit_checkpoint(
@@ -212,8 +223,16 @@ def _hash_and_sync(path: Path) -> str:
 
 
 def _is_whole(path: Path, entry: Mapping[str, Any], *, read: bool = True) -> bool:
-    sized = path.is_file() and path.stat().st_size == entry["bytes"]
+    sized = path.is_file() and not path.is_symlink() and path.stat().st_size == entry["bytes"]
     return sized and (not read or bool(sha256_of(path) == entry["sha256"]))
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Of all that lies there but folders; what begins with a dot no library reads, and file systems leave there."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if (path.is_symlink() or not path.is_dir()) and not any(part.startswith(".") for part in relative.parts):
+            yield relative.as_posix()
 
 
 def _regular_files(folder: Path) -> Iterator[Path]:

@@ -34,7 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from app.db import Database
-from app.models import DEFAULT_PROJECT, Deployment, new_id
+from app.deployments import replicas
+from app.models import DEFAULT_PROJECT, Deployment, DeploymentReplica, new_id
 from app.projects.bootstrap import ensure_first_key
 from app.schema import upgrade
 from app.settings import Settings
@@ -114,8 +115,10 @@ def gateway(folder: Path, engine_socket: str) -> Iterator[Way]:
     database = Database(settings.database)
     with database.write() as session:
         row = Deployment(id=new_id("dep"), project_id=DEFAULT_PROJECT, name=MODEL, model="none", status="ready")
-        row.socket = engine_socket
         session.add(row)
+        session.flush()
+        replica = session.get_one(DeploymentReplica, replicas.add(session, row, row.generation, "none", None, {}))
+        replica.status, replica.socket = row.status, engine_socket
     database.close()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")} | {
         "TUNESMITH_DATA_DIR": str(settings.data_dir),
@@ -312,7 +315,7 @@ def run(seconds: float, requests: int) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """For people: what each way adds to the direct one."""
-    console = Console()
+    console = Console(width=max(100, Console().width))
     for kind, title, unit in (("closed", "clients, each asking again", "clients"), ("open", "requests a second", "/s")):
         table = Table(
             unit, "way", "p50 ms", "p99 ms", "added p50", "added p99", "pieces/s", "of direct", "CPU", "errors"
@@ -351,7 +354,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=MEMORY_REQUESTS, help="for the memory")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    found = run(max(1.0, arguments.seconds), max(100, arguments.requests))
+    found = run(max(1.0, arguments.seconds), max(200, arguments.requests))
     print(json.dumps(found, indent=2)) if arguments.json else show(found)
 
 

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 import redis
+import uvicorn
 from fastapi.testclient import TestClient
 from sqlalchemy import make_url
 
@@ -26,7 +28,7 @@ from app.models import Project
 from app.projects.service import SCOPES, create_key
 from app.settings import Settings
 from app.storage import Storage
-from tests.support import GOOD_JSONL, make_model_folder
+from tests.support import GOOD_JSONL, make_model_folder, wait_for
 
 LOCAL_POSTGRES = ("postgresql://root@127.0.0.1:5432/postgres", "postgresql://postgres@127.0.0.1:5432/postgres")
 LOCAL_REDIS = "redis://127.0.0.1:6379/9"
@@ -43,6 +45,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if any(item.get_closest_marker(name) for name in ("fault", "e2e", "browser")):
                 item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Of a test that runs once more it is kept why."""
+    if report.outcome == "rerun":  # type: ignore[comparison-overlap]
+        _first_runs.append(report)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why those failed at first: a second run must not hide it."""
+    for report in _first_runs:
+        terminalreporter.section(f"first run of {report.nodeid}, {report.when}")
+        terminalreporter.line(report.longreprtext)
+        for title, text in report.sections:
+            terminalreporter.line(f"-- {title}\n{text[-20_000:]}")
+
+
+_first_runs: list[pytest.TestReport] = []
 
 
 @pytest.fixture(autouse=True)
@@ -144,9 +164,16 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return settings.data_dir / "tunesmith.db"
 
 
-@pytest.fixture(params=["sqlite", "postgres", "postgres-tcp"])
+BACKENDS = ("sqlite", "postgres", "postgres-tcp")
+
+
+@pytest.fixture(params=["sqlite", "postgres", pytest.param("postgres-tcp", marks=pytest.mark.long)])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Which database a test runs on; a test may narrow it by parametrising ``backend`` itself."""
+    """Which database a test runs on; a test may narrow it by parametrising ``backend`` itself.
+
+    The machine's own server, over TCP and of another version, is asked where it could differ: files about locks,
+    guarded updates and migrations ask all three (``BACKENDS``), the others only in the long form.
+    """
     return str(request.param)
 
 
@@ -261,6 +288,19 @@ def api(settings: Settings, key: str) -> Iterator[TestClient]:
         create_app(settings), headers={"authorization": f"Bearer {key}"}, raise_server_exceptions=False
     ) as client:
         yield client
+
+
+@pytest.fixture
+def api_url(settings: Settings, key: str) -> Iterator[str]:
+    """The API on a port of this machine, for programs that are no test client."""
+    config = uvicorn.Config(create_app(settings), port=0, log_level="error", timeout_graceful_shutdown=1, ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_for(lambda: server.started)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(20)
 
 
 @pytest.fixture

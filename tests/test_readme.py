@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from app.catalog import Catalog, EngineLaunch
+from app.catalog import Catalog
 from app.discovery import discover
+from app.engines import EngineLaunch
 from app.settings import Settings
 from app.specs import DeploymentOptions
 from tests.workers.conftest import make_model

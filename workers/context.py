@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.catalog import ArtifactKind, Catalog, HealthStatus
+from app.catalog import ArtifactKind, Catalog, HealthStatus, Served
 from app.errors import Code, RunError
 from app.storage import KEPT, Storage
 from workers.checkpoints import rotate
@@ -25,6 +25,7 @@ LOG = "log.txt"
 PREPARED = "prepared"
 FETCHED = "fetched.json"
 RANKS = "ranks"
+SERVED = "served.json"
 _PROGRESS_SECONDS = 0.5
 
 
@@ -93,6 +94,7 @@ class JobContext:
         self._last_progress = 0.0
         self._begun = time.monotonic()
         self._spent = float(attempt.get("run_seconds") or 0.0)
+        self._asked: str | None = None
         self._memory_gb: float | None = attempt.get("memory_gb")
         self._reserve = int(attempt.get("reserve_bytes") or 0)
         self.work_dir.mkdir(exist_ok=True)
@@ -127,7 +129,7 @@ class JobContext:
 
     def _fetch(self, field: str, repo: str, revision: str | None) -> Path:
         self.phase("staging")
-        folder, commit, _ = stage(repo, revision, field, self, self._reserve)
+        folder, commit = stage(repo, revision, field, self, self._reserve)
         if _holds(self._spec, field):
             self.resolved(field, f"hub:{repo}@{commit}")  # the branch may move; this run, and its repetition, do not
         self._inputs[field] = {**self._inputs[field], "path": str(folder), "commit": commit}
@@ -145,6 +147,23 @@ class JobContext:
         except FileNotFoundError:
             return {}
         return {field: folder for field, folder in found.items() if Path(folder).is_dir()}
+
+    def served(self, field: Literal["model", "baseline"]) -> Served | str:
+        """See RunContext. Whoever watches the run hears what is asked, and writes the way to it into a file."""
+        if field != self._asked:
+            self._asked = field
+            self._journal.write("asks", field=field)
+        try:
+            found = json.loads((self._dir / SERVED).read_bytes()).get(field)
+        except FileNotFoundError:
+            found = None
+        if found is None:
+            return "the way to its engine is being looked up"
+        if "code" in found:
+            raise RunError(Code(found["code"]), found["reason"], hint=found["hint"], param=found["param"])
+        if "reason" in found:
+            return str(found["reason"])
+        return Served(tuple(map(Path, found["sockets"])), found["name"])
 
     def phase(self, name: str) -> None:
         """See RunContext."""

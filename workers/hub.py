@@ -12,7 +12,7 @@ from typing import Any
 from app.errors import Code, RunError
 
 TOKEN = "HF_TOKEN (or the file that HF_TOKEN_PATH names) in the worker's environment"
-_BUSY = (408, 412, 425, 429)
+BUSY = (408, 412, 425, 429)
 """Beside every 5xx: what may go well a moment later. 412: somebody else committed meanwhile."""
 
 
@@ -101,7 +101,7 @@ def trouble(error: Exception, repo: str, field: str, secret: str | None, *, writ
             param=field,
             hint=f"Check the name; a private repository needs {who}.",
         )
-    if status is not None and status < 500 and status not in _BUSY:
+    if status is not None and status < 500 and status not in BUSY:
         return RunError(Code.HUB_REFUSED, f"{field}: {endpoint()} refused {repo}: {status}, {said}", param=field)
     if _is_outside(cause):
         what = "took" if writing else "delivered"
@@ -113,7 +113,7 @@ def trouble(error: Exception, repo: str, field: str, secret: str | None, *, writ
                 "The artifact is safe here: POST /jobs/{id}/retry goes on with the files that are not there yet."
                 if writing
                 else "Check HF_ENDPOINT and the network, or put the model into a folder under TUNESMITH_MODEL_ROOTS; "
-                "files that are whole are not fetched again."
+                "what has come is not fetched again."
             ),
             transient=True,
         )

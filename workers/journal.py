@@ -23,7 +23,7 @@ class Journal:
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Appends one line; ``kind`` is event, phase, progress, metric, checkpoint, resolved, or status."""
+        """Appends one line; ``kind`` is event, phase, progress, metric, checkpoint, resolved, asks, or status."""
         line = json.dumps({"t": time.time(), "kind": kind, **fields}, default=str)
         os.write(self._fd, line.encode()[: MAX_LINE - 1] + b"\n")
 

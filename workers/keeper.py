@@ -1,11 +1,12 @@
-"""What becomes of an engine while it serves: it gets the adapters that its rows ask for, and sleeps when unused."""
+"""What becomes of an engine while it serves: it gets the adapters that its rows ask for, sleeps unused, and retires."""
 
 import http.client
 import json
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.artifacts import references
-from app.catalog import EngineLaunch
-from app.deployments import loaded, repository
+from app.db import after_commit
+from app.deployments import loaded, replicas
+from app.deployments.rollout import REPLACED
 from app.deployments.routes import USED_SECONDS
+from app.engines import EngineLaunch
 from app.errors import AppError, Code
-from app.models import Deployment, DeploymentAdapter, Job, now
-from app.states import AdapterState, DeploymentState
+from app.models import Deployment, DeploymentAdapter, DeploymentReplica, Job, now
+from app.states import DEPLOYMENT_LIVE, AdapterState, DeploymentState
 from workers.replica import UnixConnection
+from workers.sleep_mode import Refused
 from workers.supervisor import House
 
 log = logging.getLogger(__name__)
@@ -29,6 +33,8 @@ LOAD_SECONDS = 120.0
 PROBE_SECONDS = 120.0
 ROUTES_LAST = 2.0
 """A gateway asks the database again after a second."""
+DRAIN_SECONDS = 600.0
+"""How long an engine that was replaced may finish what it was asked."""
 SAME = 1e-4
 """Log-probabilities that lie closer are equal: more than rounding in float32, less than a step of training."""
 _PROBE = {
@@ -62,6 +68,8 @@ class Keeper(threading.Thread):
         busy: Sequence[str],
         note: Note,
         end: Callable[[], None],
+        lie_down: Callable[[], str] | None = None,
+        has: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(name=f"keeper-{job.id[4:12]}", daemon=True)
         self._house = house
@@ -75,11 +83,17 @@ class Keeper(threading.Thread):
         self._busy = tuple(busy)
         self._note = note
         self._end = end
+        self._lie_down = lie_down
         self._used_at: datetime | None = None
         self._quiet_since = time.monotonic()
+        self._retired_at: float | None = None
         self.slept = False
-        """Whether it was this that ended the engine."""
-        self._loaded: dict[str, str] = {}
+        """Whether it was this that ended the engine, or put it to sleep."""
+        self.parked = False
+        """Whether the engine sleeps and lives on."""
+        self._loaded: dict[str, str] = dict(has or {})
+        self._declined: set[tuple[str, str]] = set()
+        """Adapters that this engine could not load and another one has."""
         self._plain: list[tuple[str, float]] | None = None
         self._bell = threading.Event()
         self._over = threading.Event()
@@ -100,6 +114,11 @@ class Keeper(threading.Thread):
         finally:
             self._house.listeners.discard(self._bell)
 
+    @property
+    def loaded(self) -> Mapping[str, str]:
+        """Adapters that the engine has: their names, and the pinned reference of each."""
+        return dict(self._loaded)
+
     def stop(self) -> None:
         """No further step; one that is under way ends by itself, with the engine's end at the latest."""
         self._over.set()
@@ -112,16 +131,22 @@ class Keeper(threading.Thread):
         """
         with self._house.database.read() as session:
             deployment = session.get(Deployment, self._deployment_id)
-            mine = deployment is not None and deployment.replica_job_id == self._job.id
+            own = session.get(DeploymentReplica, self._job.id)
             rows = loaded.of(session, [self._deployment_id])[self._deployment_id]
-        if deployment is None or not mine:
+            asked = session.get_one(Job, self._job.id).preempt_for is not None
+        if deployment is None or own is None or own.status not in DEPLOYMENT_LIVE:
+            return
+        if own.retiring:
+            self._retire()
             return
         if self._loads:
-            self._follow(rows)
-        if self._idle_timeout is not None and self._is_idle(deployment.used_at, self._idle_timeout):
-            self._sleep(deployment)
+            self._follow(rows, own.loaded)
+        patience: list[float] = [self._idle_timeout] if self._idle_timeout is not None else []
+        patience += [self._house.settings.yield_idle_seconds] if asked else []
+        if self._is_idle(deployment.used_at, min(patience, default=math.inf)):
+            self._sleep()
 
-    def _follow(self, rows: Sequence[DeploymentAdapter]) -> None:
+    def _follow(self, rows: Sequence[DeploymentAdapter], known: Mapping[str, str]) -> None:
         wanted = [row for row in rows if row.status in (AdapterState.WAITING, AdapterState.READY)]
         wanted.sort(key=_recency, reverse=True)
         kept, spare = wanted[: self._room], wanted[self._room :]
@@ -133,11 +158,13 @@ class Keeper(threading.Thread):
         for row in kept:
             if self._over.is_set():
                 return
-            if row.name not in self._loaded:
+            if row.name in self._loaded and row.name not in known:
+                self._has(row)  # it slept with the engine
+            elif row.name not in self._loaded and (row.name, row.model) not in self._declined:
                 self._load(row)
 
     def _is_idle(self, used_at: datetime | None, seconds: float) -> bool:
-        """By this process's own clock: since the note of the last use changed, or since something ran."""
+        """For so long, by this process's own clock: since the note of the last use changed, or since something ran."""
         if used_at != self._used_at:
             self._used_at, self._quiet_since = used_at, time.monotonic()
         # A use shortly after one that was noted is not noted.
@@ -153,24 +180,52 @@ class Keeper(threading.Thread):
             return True
         return False
 
-    def _sleep(self, deployment: Deployment) -> None:
-        """Nobody is led here any more; then the engine ends."""
-        used = Deployment.used_at == self._used_at if self._used_at is not None else Deployment.used_at.is_(None)
+    def _retire(self) -> None:
+        """Nobody is led here any more; what is being answered is finished, and then the job is cancelled."""
+        if self._retired_at is None:
+            self._retired_at = time.monotonic()
+        waited = time.monotonic() - self._retired_at
+        if waited < ROUTES_LAST or (waited < DRAIN_SECONDS and self._runs()):
+            return
         with self._house.database.write() as session:
-            self.slept = repository.transition(
+            replicas.lock(session, self._deployment_id)
+            own = session.get(DeploymentReplica, self._job.id)
+            if own is not None:
+                replicas.stop(session, own, REPLACED)
+        self._over.set()
+
+    def _sleep(self) -> None:
+        """Nobody is led here any more; then the engine sleeps or ends."""
+        with self._house.database.write() as session:
+            self.slept = replicas.move(
                 session,
-                deployment.id,
+                self._job.id,
                 DeploymentState.SLEEPING,
-                replica=self._job.id,
                 only_from=[DeploymentState.READY],
-                guard=[used],
+                unused_since=self._used_at,
                 socket=None,
             )
         if self.slept:
             # Who was told the way a moment ago still comes; what is being answered then is finished.
             self._over.wait(ROUTES_LAST)
-            self._end()
+            self.parked = self._lies_down()
+            if not self.parked:
+                self._end()
             self._over.set()
+
+    def _lies_down(self) -> bool:
+        """Whether the engine could stay, without its GPU's memory."""
+        if self._lie_down is None:
+            return False
+        try:
+            self._note("engine_parked", self._lie_down(), "info")
+        except Refused as error:
+            self._note("engine_not_parked", f"The engine ends instead of sleeping: {error}.", "warn")
+            return False
+        except Exception:  # whatever it is, no engine stays that nobody keeps
+            log.exception("%s: the engine could not be put to sleep", self.name)
+            return False
+        return True
 
     def _load(self, row: DeploymentAdapter) -> None:
         try:
@@ -183,10 +238,17 @@ class Keeper(threading.Thread):
             self._refused(row, _message(answer))
             return
         self._loaded[row.name] = row.model
-        if not self._settle(row, AdapterState.READY, loaded_at=now(), error=None):
+        if not self._has(row):
             return  # taken off meanwhile; the next round unloads it
         self._note("adapter_loaded", f"The adapter {row.name} is loaded.", "info")
         self._look_for_effect(row)
+
+    def _has(self, row: DeploymentAdapter) -> bool:
+        """The engine has it: False when its row was taken away meanwhile."""
+        with self._house.database.write() as session:
+            after_commit(session, self._house.doorbell.ring)  # a replacement may wait for this
+            replicas.has_loaded(session, self._job.id, row.name, row.model)
+            return loaded.move(session, row, AdapterState.READY, loaded_at=now(), error=None)
 
     def _folder(self, row: DeploymentAdapter) -> Path:
         """Where its files lie, as they were published. Raises AppError."""
@@ -196,13 +258,13 @@ class Keeper(threading.Thread):
             raise AppError("its files are gone")
         storage = self._house.storage
         if found.artifact is not None:
-            faults = storage.verify(found.artifact.id)
+            faults = storage.verify(found.artifact.id, sha256=found.artifact.sha256)
         elif found.folder.is_relative_to(storage.root):
             faults = storage.checkpoint_faults(found.folder)
         else:
             faults = []
         if faults:
-            raise AppError(f"{', '.join(faults[:3])} differ from the manifest")
+            raise AppError(f"not as published: {', '.join(faults[:3])}")
         return found.folder
 
     def _look_for_effect(self, row: DeploymentAdapter) -> None:
@@ -233,11 +295,19 @@ class Keeper(threading.Thread):
             log.warning("%s: %s was not unloaded: %s", self.name, name, _message(answer))
             return
         del self._loaded[name]
+        with self._house.database.write() as session:
+            replicas.has_loaded(session, self._job.id, name, None)
         self._note("adapter_unloaded", f"The adapter {name} is no longer loaded.", "info")
 
     def _refused(self, row: DeploymentAdapter, reason: str) -> None:
         error = {"code": str(Code.ADAPTER_NOT_SERVABLE), "message": reason[:2000]}
-        if self._settle(row, AdapterState.FAILED, error=error):
+        with self._house.database.read() as session:
+            others = replicas.of(session, [self._deployment_id])[self._deployment_id]
+        # While another engine has it, its name goes on leading there.
+        served = any(one.loaded.get(row.name) == row.model and one.id != self._job.id for one in others)
+        if served:
+            self._declined.add((row.name, row.model))
+        if served or self._settle(row, AdapterState.FAILED, error=error):
             self._note("adapter_failed", f"The adapter {row.name} could not be loaded: {reason[:1000]}", "error")
 
     def _settle(self, row: DeploymentAdapter, to: AdapterState, **values: Any) -> bool:

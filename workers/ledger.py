@@ -18,12 +18,13 @@ from app.artifacts import repository as artifacts
 from app.artifacts import view
 from app.crashpoints import reached
 from app.db import Database, after_commit
+from app.deployments import replicas
 from app.errors import Code, RunError
 from app.jobs import repository
 from app.jobs.repository import Move
-from app.models import Artifact, Checkpoint, Deployment, Job, new_id, now
+from app.models import Artifact, Checkpoint, DeploymentReplica, Job, new_id, now
 from app.queue import AnyDoorbell
-from app.states import DeploymentState, JobState
+from app.states import WAKING, DeploymentState, JobState
 from app.storage import Published, Storage
 from workers.checkpoints import RESUMABLE, best_of, score_of
 from workers.ladder import Rung, changed
@@ -270,17 +271,13 @@ class Ledger:
 
     @persistent
     def sleep(self, deployment_id: str) -> bool:
-        """The engine ended because nobody used it: the replica's job waits, unless its deployment was woken since."""
+        """Nobody used the engine, so it ended or sleeps: the replica's job waits, unless it was woken since."""
         with self._database.write() as session:
             # Locked in the order in which waking locks them.
-            asleep = session.get_one(Deployment, deployment_id, with_for_update=True).status == DeploymentState.SLEEPING
-            values: dict[str, Any] = {
-                **repository.back_in_queue(),
-                "paused_at": now() if asleep else None,
-                "delay_seconds": 0.0,
-                "not_before": None,
-                "attempt": Job.attempt - 1,
-            }
+            replicas.lock(session, deployment_id)
+            asleep = session.get_one(DeploymentReplica, self.job.id).status == DeploymentState.SLEEPING
+            values = repository.back_in_queue() | {"delay_seconds": 0.0, "not_before": None, "attempt": Job.attempt - 1}
+            values |= {"paused_at": now()} if asleep else {"paused_at": None, "phase": WAKING}
             move = Move(JobState.QUEUED, "engine_asleep", "Nobody used the engine; a request wakes it.", values=values)
             return self._leave(session, move, Job.cancel_requested_at.is_(None))
 

@@ -24,9 +24,11 @@ from app.models import Slot, Worker, now
 from app.queue import RING_TASK, Doorbell, make_celery
 from app.reconciler import Reconciler
 from app.schema import Unusable, require_head
-from app.settings import Settings
+from app.settings import BadRunDir, Settings
 from app.storage import Storage
+from workers import guard
 from workers.child import environment
+from workers.parking import Parking
 from workers.slots import SlotTaken, SlotThread, gpus, lock_all, register, slots_of
 from workers.supervisor import House
 from workers.warm import Spares
@@ -42,20 +44,25 @@ class SlotWorker:
         require_head(database)
         # One for each GPU at most would be of use; each takes about 350 MB.
         spares = Spares(settings.instance, environment(settings, None), settings.warm_runners)
+        worker_id = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
+        stopping = threading.Event()
+        self._parking = Parking(database, worker_id, stopping)
         self.house = House(
             settings=settings,
             database=database,
             storage=Storage(settings.data_dir),
             catalog=discover(settings.packages),
             doorbell=Doorbell(broker_url),
-            worker_id=f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}",
-            stopping=threading.Event(),
+            worker_id=worker_id,
+            stopping=stopping,
             spares=spares,
+            parking=self._parking,
         )
         self._spares = spares
         found = gpus()
         places = slots_of(settings, found)
         self._locks = lock_all(settings, places)
+        self._guard = guard.post(settings.data_dir, settings.instance, [place.slot_id for place in places])
         register(self.house, places, found)
         self.threads = [SlotThread(self.house, place) for place in places]
         self._reconciler = Reconciler(settings, database, self.house.catalog, self.house.doorbell)
@@ -63,7 +70,7 @@ class SlotWorker:
 
     def start(self) -> None:
         """Begins to claim."""
-        for thread in (*self.threads, self._reconciler, self._pulse, self._spares):
+        for thread in (*self.threads, self._reconciler, self._pulse, self._spares, self._parking):
             thread.start()
         log.info("worker %s: %s", self.house.worker_id, ", ".join(thread.slot_id for thread in self.threads))
 
@@ -84,6 +91,9 @@ class SlotWorker:
         self.ring()
         for thread in self.threads:
             thread.join()
+        self._parking.stop()
+        if self._parking.is_alive():
+            self._parking.join(10)
         self._spares.stop()
         self._reconciler.stop()
         try:
@@ -98,6 +108,7 @@ class SlotWorker:
             log.warning("worker: could not say goodbye: %s", error)
         self.house.doorbell.close()
         self.house.database.close()
+        self._guard.communicate()  # its input ends, and nothing is left that it would wait for
         for lock in self._locks:
             lock.release()
 
@@ -162,6 +173,6 @@ if __name__ == "__main__":
     from_environment = Settings()
     try:
         status = run(from_environment, from_environment.broker_url or embedded_url(from_environment))
-    except (Unusable, SlotTaken) as error:
+    except (Unusable, SlotTaken, BadRunDir) as error:
         sys.exit(f"the worker does not start: {error}")
     sys.exit(status)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from app import processes
 from app.artifacts.inspect import read_json
-from app.catalog import EngineLaunch
+from app.engines import EngineLaunch
 from app.errors import AppError
 from workers.replica import UnixConnection
 
@@ -90,7 +90,7 @@ class Parity(threading.Thread):
     def _check(self) -> dict[str, Any]:
         launch = self._launch
         told = {"engine": launch.options.engine, "dtype": launch.dtype, "prompts": len(QUESTIONS)}
-        reason = _cannot_be_read(launch.model_dir, launch.dtype)
+        reason = _cannot_be_read(launch.model_dir, launch.dtype, launch.options.quantization)
         if reason is not None:
             return {"verdict": "not_measured", "reason": reason, **told}
         bound = BOUNDS[launch.dtype]
@@ -171,8 +171,10 @@ def judged(found: Mapping[str, Any], bound: Bound) -> dict[str, Any]:
     return {"verdict": "same" if same else "differs", **found, "bounds": bounds}
 
 
-def _cannot_be_read(folder: Path, dtype: str) -> str | None:
+def _cannot_be_read(folder: Path, dtype: str, quantization: str | None = None) -> str | None:
     """Why transformers reads no answers of this model here."""
+    if quantization is not None:
+        return f"the engine computes in {quantization}, and no bounds are known for that"
     if dtype not in BOUNDS:
         return f"no bounds are known for {dtype}"
     try:

@@ -68,6 +68,7 @@ class Attempt:
     probe_misses: int = 3
     busy_seconds: float = 120
     grace_seconds: float = 30
+    sleep_mode: bool = False
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -100,6 +101,16 @@ def completes(attempt: Attempt, timeout: float) -> bool:
     return _ok(attempt, "POST", "/v1/completions", json.dumps(body), timeout)
 
 
+def asleep(attempt: Attempt) -> bool:
+    """Whether the engine was put to sleep: then it completes nothing, and is well."""
+    if not attempt.sleep_mode:
+        return False
+    status, text = _answer(attempt, "GET", "/is_sleeping", None, attempt.probe_timeout)
+    with contextlib.suppress(ValueError):
+        return status == 200 and json.loads(text).get("is_sleeping") is True
+    return False
+
+
 def ask(attempt: Attempt) -> "queue.SimpleQueue[bool]":
     """Starts a completion that may take ``busy_seconds``; whether it came will lie in the queue."""
     answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -109,14 +120,18 @@ def ask(attempt: Attempt) -> "queue.SimpleQueue[bool]":
 
 
 def _ok(attempt: Attempt, method: str, path: str, body: str | None, timeout: float) -> bool:
+    return _answer(attempt, method, path, body, timeout)[0] == 200
+
+
+def _answer(attempt: Attempt, method: str, path: str, body: str | None, timeout: float) -> tuple[int, bytes]:
+    """Status and text; status 0 when none comes."""
     connection = UnixConnection(attempt.socket, timeout)
     try:
         connection.request(method, path, body, {"content-type": "application/json"})
         response = connection.getresponse()
-        response.read()
-        return response.status == 200
+        return response.status, response.read()
     except (OSError, http.client.HTTPException):
-        return False
+        return 0, b""
     finally:
         connection.close()
 
@@ -135,7 +150,7 @@ class Replica:
         self._scratch = tempfile.mkdtemp(prefix="ts-")
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = threading.Event()
-        self._cutting = threading.Event()
+        self._cutting = False
         self._misses = 0
 
     def run(self, life_fd: int | None) -> int:
@@ -158,7 +173,7 @@ class Replica:
         while True:
             sign = self._next_sign()
             exited = self._engine_exited()
-            if self._cutting.is_set():
+            if self._cutting:
                 continue  # an end that we see now is our own doing
             if sign == "stop":
                 return self._stop()
@@ -218,21 +233,28 @@ class Replica:
         """A full queue is not a death: an unanswered completion stays where it stands in it, while health answers.
 
         A miss is a completion that failed, or one that is late while health does not answer either, or while none
-        came for ``busy_seconds``.
+        came for ``busy_seconds``. An engine that sleeps is asked nothing, and what it was asked before does not count.
         """
         attempt = self._attempt
         last = time.monotonic()
         asked: queue.SimpleQueue[bool] | None = None
         while True:
             time.sleep(attempt.probe_seconds)
+            if asleep(attempt):
+                asked, last = None, time.monotonic()
+                continue
             asked = asked or ask(attempt)
             try:
                 came = asked.get(timeout=attempt.probe_timeout)
             except queue.Empty:
+                if asleep(attempt):
+                    continue
                 if time.monotonic() - last >= attempt.busy_seconds or not healthy(attempt, attempt.probe_timeout):
                     self._signs.put("dead")
                 continue
             asked = None
+            if not came and asleep(attempt):
+                continue
             if came:
                 last = time.monotonic()
             self._signs.put("alive" if came else "dead")
@@ -292,8 +314,11 @@ class Replica:
             os.unlink(self._attempt.socket)
 
     def _cut(self) -> None:
-        """The supervisor is gone: kill everything now, and be gone within two seconds."""
-        self._cutting.set()
+        """The supervisor is gone: kill everything now, and be gone within two seconds.
+
+        Runs in two threads, and within itself: nothing here may take a lock.
+        """
+        self._cutting = True
         deadline = time.monotonic() + 1.5
         while time.monotonic() < deadline:
             clean = self._process is None or processes.kill_now(self._process, self._token)
@@ -313,6 +338,8 @@ class Replica:
         self._signs.put("stop")
 
     def _on_sighup(self, number: int, frame: FrameType | None) -> None:
+        # It comes once for each thread of a supervisor that is killed.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self._cut()
 
 

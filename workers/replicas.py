@@ -3,22 +3,30 @@
 import os
 import sys
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from app import parsers, processes
 from app.artifacts.inspect import read_json, template_of
-from app.catalog import Engine, EngineLaunch
-from app.deployments import loaded, repository
+from app.db import after_commit
+from app.deployments import replicas
+from app.engines import Engine, EngineLaunch
 from app.errors import AppError, Code, RunError
-from app.models import Deployment, now
+from app.models import Artifact, DeploymentReplica
+from app.settings import BadRunDir
 from app.specs import DeploymentOptions, ServeSpec
 from app.states import DeploymentState
+from workers import sleep_mode
 from workers.child import Child, environment
+from workers.facts import dtype_of, lora_modules
 from workers.inputs import follow_model
 from workers.keeper import Keeper
 from workers.ledger import Flags, Line, persistent
 from workers.parity import Parity
+from workers.parking import Parked
 from workers.supervisor import Supervision
 
 BACKOFF = (1.0, 5.0, 15.0, 60.0)
@@ -39,22 +47,26 @@ class ReplicaSupervision(Supervision):
         self._parity: Parity | None = None
         self._differs: RunError | None = None
         spec = ServeSpec.model_validate(self.job.resolved_spec)
-        if not self._move(DeploymentState.STARTING, spec, last_error=None):
-            self.ledger.fail(RunError(Code.WRONG_STATE, "the deployment is stopped"))
+        if not self._move(DeploymentState.STARTING, last_error=None):
+            if not self.ledger.cancelled("The deployment was stopped."):
+                self.ledger.fail(RunError(Code.WRONG_STATE, "the deployment is stopped"))
             return
+        woken = self._wake()
         try:
-            with self.beating():  # hashing a large model takes longer than a lease
-                launch = self._launch(spec)
-            engine = self._engine(spec)
-            child = self.spawn("workers.replica", _attempt(spec, launch, engine.argv(launch), engine.env(launch)))
+            launch, child = (woken.launch, woken.child) if woken is not None else self._start(spec)
         except RunError as error:
-            self._give_up(spec, error)
+            self._give_up(error)
             return
+        parked = False
         try:
+            if woken is not None:
+                self._answers(spec, woken)
             flags = self.listen(
                 child, lambda lines: self._hear(spec, launch, child, lines), stop_grace=GRACE_SECONDS + 5
             )
-            self._settle_replica(spec, child, flags)
+            parked = not flags.lost and not flags.cancel and self.leaves() and self._park(spec, launch, child)
+            if not parked:
+                self._settle_replica(spec, child, flags)
         except BaseException:
             child.end(0)  # whatever went wrong here, no engine serves on unwatched
             raise
@@ -63,7 +75,83 @@ class ReplicaSupervision(Supervision):
                 self._keeper.stop()
             if self._parity is not None:
                 self._parity.stop()
-            child.close()
+            if not parked:
+                child.close()
+
+    def leaves(self) -> bool:
+        """Whether the engine sleeps and is to be parked."""
+        asleep = self._keeper is not None and self._keeper.parked
+        return asleep and self._differs is None and not self.house.stopping.is_set()
+
+    def makes_room(self, flags: Flags) -> bool:
+        """Never by itself: the keeper sees to it once nobody uses the engine."""
+        return False
+
+    def _start(self, spec: ServeSpec) -> tuple[EngineLaunch, Child]:
+        """A new engine. Raises RunError."""
+        with self.beating():  # hashing a large model takes longer than a lease
+            launch = self._launch(spec)
+        self._make_room(spec)
+        engine = self._engine(spec)
+        return launch, self.spawn("workers.replica", _attempt(spec, launch, engine.argv(launch), engine.env(launch)))
+
+    def _wake(self) -> Parked | None:
+        """The engine that sleeps for this replica, awake; None when there is none, or none that can be used here."""
+        found = self.house.parking.take(self.job.id) if self.house.parking is not None else None
+        if found is None:
+            return None
+        reason = None
+        if (found.slot_id, found.gpus) != (self.slot_id, self.gpu):
+            reason = f"it slept on {found.slot_id} (GPU {found.gpus}), the slot is {self.slot_id} (GPU {self.gpu})"
+        else:
+            try:
+                with self.beating():
+                    self._make_room(ServeSpec.model_validate(self.job.resolved_spec))
+                    sleep_mode.wake_up(found.launch)
+            except sleep_mode.Refused as error:
+                reason = str(error)
+        if reason is None:
+            return found
+        found.end()
+        self._note("engine_not_woken", f"A new engine starts in place of the one that slept: {reason}.", "warn")
+        return None
+
+    def _make_room(self, spec: ServeSpec) -> None:
+        """Before an engine takes its share of a GPU."""
+        if self.gpu and self.house.parking is not None:
+            self.house.parking.make_room(self.gpu, spec.gpu_memory_utilization)
+
+    def _answers(self, spec: ServeSpec, woken: Parked) -> None:
+        """An engine that slept is served again."""
+        self._ready_since = time.monotonic()
+        self._move(DeploymentState.READY, socket=str(woken.launch.socket))
+        slept = time.monotonic() - woken.since
+        self._note("engine_woken", f"The engine answers again; it slept for {slept:.0f} s.", "info")
+        self._keep(spec, woken.launch, woken.child, woken.loaded)
+        self._compare(spec, woken.launch, woken.child)
+
+    def _park(self, spec: ServeSpec, launch: EngineLaunch, child: Child) -> bool:
+        """The slot goes to others, the engine stays; False when it ended, because the worker stops."""
+        assert self.house.parking is not None
+        assert self._keeper is not None
+        assert self.gpu is not None
+        self._keeper.stop()
+        # Before the job is anybody's: whoever claims it next finds its engine.
+        if not self.house.parking.put(Parked(self.job.id, self.slot_id, self.gpu, child, launch, self._keeper.loaded)):
+            child.end(0)
+            return False
+        try:
+            left = self.ledger.sleep(spec.deployment_id)
+        except BaseException:
+            self.house.parking.take(self.job.id)
+            raise
+        if not left:  # stopped meanwhile, or given to another worker
+            found = self.house.parking.take(self.job.id)
+            if found is not None:
+                found.end()
+            if self.ledger.cancelled("The engine was stopped."):
+                self._move(DeploymentState.STOPPED)
+        return True
 
     def _engine(self, spec: ServeSpec) -> Engine:
         """The one that was asked for; auto = vllm where its environment is, else transformers in our own."""
@@ -91,39 +179,66 @@ class ReplicaSupervision(Supervision):
                 hint="Import the model first.",
                 param="model",
             )
-        self._check_folder(found.folder, found.artifact.id if found.artifact else None)
-        parsed = parsers.for_template(template_of(found.folder))
+        self._check_folder(found.folder, found.artifact)
         options = DeploymentOptions.model_validate(spec.model_dump(include=set(DeploymentOptions.model_fields)))
+        lacks = engine.cannot(options)
+        if lacks is not None:  # known only now: engine auto
+            field, why = lacks
+            raise RunError(
+                Code.CONFLICTING_FIELDS,
+                f"{field}: the engine {engine.name} {why}",
+                hint=f"Install vLLM (make setup), or leave {field} out.",
+                param=field,
+            )
+        if options.quantization is not None and self.gpu is None:
+            raise RunError(
+                Code.CONFLICTING_FIELDS,
+                f"quantization: {options.quantization} is computed on a GPU, and there is none here",
+                hint="Leave quantization out, or quantise the model by a job (type: quantize).",
+                param="quantization",
+            )
+        parsed = parsers.chosen(template_of(found.folder), options.tool_call_parser, options.reasoning_parser)
         return EngineLaunch(
             python=python,
             model_dir=found.folder,
             served_name=spec.name,
-            socket=settings.sockets / f"{self.job.id[4:12]}{self.job.fence % 10_000}.s",
+            socket=self._sockets() / f"{self.job.id[4:12]}{self.job.fence % 10_000}.s",
             options=options.model_copy(update={"hot_load": bool(options.hot_load) and engine.hot_load}),
             has_gpu=self.gpu is not None,
-            dtype=_dtype(spec.dtype, found.folder, has_gpu=self.gpu is not None),
+            dtype=dtype_of(spec.dtype, found.folder, has_gpu=self.gpu is not None),
             cpu_threads=len(os.sched_getaffinity(0)),
             tool_call_parser=parsed.tool,
             reasoning_parser=parsed.reasoning,
+            lora_modules=lora_modules(found.folder),
+            sleep_mode=engine.sleep_mode and bool(self.gpu) and self._may_sleep(options),
         )
 
-    def _check_folder(self, folder: Path, artifact_id: str | None) -> None:
+    def _sockets(self) -> Path:
+        try:
+            return self.house.settings.sockets
+        except BadRunDir as error:
+            hint = "TUNESMITH_RUN_DIR is a short path that the worker may write to; it is read when the worker starts."
+            raise RunError(
+                Code.STORAGE_ERROR, f"there is no folder for the engine's socket: {error}", hint=hint
+            ) from error
+
+    def _may_sleep(self, options: DeploymentOptions) -> bool:
+        return self.house.parking is not None and (options.yields or options.idle_timeout is not None)
+
+    def _check_folder(self, folder: Path, artifact: Artifact | None) -> None:
         """A model that was altered after it was published is not served."""
+        faults = self.house.storage.verify(artifact.id, sha256=artifact.sha256) if artifact is not None else []
+        if faults:
+            raise RunError(
+                Code.MODEL_INVALID,
+                f"not as published: {', '.join(faults[:3])}",
+                hint="The files were changed after the job; run the job again.",
+                param="model",
+            )
         try:
             read_json(folder / "config.json", "model")
         except AppError as error:
             raise RunError(Code.MODEL_INVALID, error.message, hint=error.hint, param="model") from error
-        if artifact_id is not None:
-            try:
-                differing = self.house.storage.verify(artifact_id)
-            except (OSError, ValueError, KeyError) as error:
-                differing = [f"MANIFEST.json ({error})"]
-            if differing:
-                raise RunError(
-                    Code.MODEL_INVALID,
-                    f"{', '.join(differing[:3])} differ from the manifest",
-                    hint="The files were changed after the job; run the job again.",
-                )
 
     def _hear(self, spec: ServeSpec, launch: EngineLaunch, child: Child, lines: list[Line]) -> None:
         for line in lines:
@@ -131,30 +246,40 @@ class ReplicaSupervision(Supervision):
                 continue
             if line.get("status") == "ready":
                 self._ready_since = self._ready_since or time.monotonic()
-                self._move(DeploymentState.READY, spec, socket=str(launch.socket), ready_at=now())
+                self._move(DeploymentState.READY, socket=str(launch.socket))
                 self._note("engine_ready", f"The engine answers, {line.get('seconds')} s after its start.", "info")
                 self._keep(spec, launch, child)
                 self._compare(spec, launch, child)
             elif line.get("status") == "unhealthy":
-                self._move(DeploymentState.UNHEALTHY, spec)
+                self._move(DeploymentState.UNHEALTHY)
                 self._note("engine_unhealthy", "The engine did not answer a probe.", "warn")
             elif line.get("status") == "failed":
                 self._failure = line
 
-    def _keep(self, spec: ServeSpec, launch: EngineLaunch, child: Child) -> None:
-        """From the engine's first answer on, it is made to follow its rows."""
-        if self._keeper is None:
-            busy = self._engine(spec).busy
-            self._keeper = Keeper(self.house, self.job, spec.deployment_id, launch, busy, self._note, child.ask_to_stop)
-            self._keeper.start()
+    def _keep(
+        self, spec: ServeSpec, launch: EngineLaunch, child: Child, has: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """From the engine's first answer on, it is made to follow its rows. ``has``: adapters that slept with it."""
+        if self._keeper is not None:
+            return
+        parking, gpus, lie_down = self.house.parking, self.gpu, None
+        if launch.sleep_mode and parking is not None and gpus:
+            lie_down = partial(sleep_mode.lie_down, launch, gpus, parking.read, parking.available)
+        busy, end = self._engine(spec).busy, child.ask_to_stop
+        self._keeper = Keeper(self.house, self.job, spec.deployment_id, launch, busy, self._note, end, lie_down, has)
+        self._keeper.start()
 
     def _compare(self, spec: ServeSpec, launch: EngineLaunch, child: Child) -> None:
-        """Once for a deployment: its model never changes, and an engine that died is started as it was."""
-        with self.house.database.read() as session:
-            row = session.get(Deployment, spec.deployment_id)
-        if self._parity is not None or spec.parity == "off" or row is None or row.parity is not None:
+        """Once for all replicas of a generation, by the oldest: an engine that died is started as it was."""
+        if self._parity is not None or spec.parity == "off":
             return
-        if not self._engine(spec).comparable:
+        with self.house.database.read() as session:
+            asks = replicas.asks_for_parity(session, self.job.id)
+        if not asks:
+            return
+        engine = self._engine(spec)
+        if not engine.comparable:
+            self._store_parity({"verdict": "not_measured", "reason": f"{engine.name} tells nothing to compare"})
             return
 
         def found(certificate: dict[str, Any]) -> None:
@@ -167,7 +292,7 @@ class ReplicaSupervision(Supervision):
 
     def _certify(self, spec: ServeSpec, child: Child, certificate: dict[str, Any]) -> None:
         """Keeps what was found, and ends an engine that is another model's. In the thread of the check."""
-        self._store_parity(spec, certificate)
+        self._store_parity(certificate)
         if certificate["verdict"] == "not_measured":
             message = f"Whether the engine says what the model says was not measured: {certificate['reason']}."
             self._note("parity_not_measured", message, "info")
@@ -189,9 +314,9 @@ class ReplicaSupervision(Supervision):
             child.ask_to_stop()
 
     @persistent
-    def _store_parity(self, spec: ServeSpec, certificate: dict[str, Any]) -> None:
+    def _store_parity(self, certificate: dict[str, Any]) -> None:
         with self.house.database.write() as session:
-            repository.certify(session, spec.deployment_id, certificate)
+            replicas.certify(session, self.job.id, certificate)
 
     @persistent
     def _note(self, code: str, message: str, level: str) -> None:
@@ -199,26 +324,24 @@ class ReplicaSupervision(Supervision):
             self.ledger.note(session, code, message, level)
 
     @persistent
-    def _move(self, to: DeploymentState, spec: ServeSpec, **values: Any) -> bool:
+    def _move(self, to: DeploymentState, **values: Any) -> bool:
         with self.house.database.write() as session:
-            moved = repository.transition(session, spec.deployment_id, to, replica=self.job.id, **values)
-            if moved and to in (DeploymentState.STARTING, DeploymentState.QUEUED):
-                loaded.none_is_loaded(session, spec.deployment_id)
-            return moved
+            after_commit(session, self.house.doorbell.ring)  # a replacement may wait for this
+            return replicas.move(session, self.job.id, to, **values)
 
     def _settle_replica(self, spec: ServeSpec, child: Child, flags: Flags) -> None:
         status = child.process.wait()
         if flags.lost:
             return
         if flags.cancel:
-            self._move(DeploymentState.STOPPED, spec)
+            self._move(DeploymentState.STOPPED)
             self.ledger.cancelled("The engine was stopped.")
             return
         if self.house.stopping.is_set():
-            self._move(DeploymentState.QUEUED, spec, socket=None)
+            self._move(DeploymentState.QUEUED, socket=None)
             self.ledger.requeue("job_interrupted", "The worker is stopping; the engine starts again.", give_back=True)
         elif self._differs is not None:
-            self._give_up(spec, self._differs)
+            self._give_up(self._differs)
         elif self._keeper is not None and self._keeper.slept:
             self.ledger.sleep(spec.deployment_id)
         else:
@@ -230,7 +353,7 @@ class ReplicaSupervision(Supervision):
         tail = str(self._failure.get("log_tail") or child.log_tail())
         steady = self._ready_since is not None and time.monotonic() - self._ready_since > STEADY_SECONDS
         with self.house.database.read() as session:
-            row = session.get(Deployment, spec.deployment_id)
+            row = session.get(DeploymentReplica, self.job.id)
             restarts = 0 if steady or row is None else row.restarts
         if status == _EXIT_START_TIMEOUT:
             error = RunError(
@@ -238,33 +361,22 @@ class ReplicaSupervision(Supervision):
                 f"the engine was not ready within {spec.start_timeout} s",
                 hint=f"Its log ends: {tail}",
             )
-            self._give_up(spec, error)
+            self._give_up(error)
         elif restarts + 1 >= CRASH_LOOP:
             error = RunError(
                 Code.ENGINE_CRASH_LOOP, f"the engine died {CRASH_LOOP} times ({reason})", hint=f"Its log ends: {tail}"
             )
-            self._give_up(spec, error)
+            self._give_up(error)
         else:
             delay = BACKOFF[min(restarts, len(BACKOFF) - 1)]
             error_object = {"code": "engine_died", "message": reason, "log_tail": tail[-1500:]}
-            self._move(DeploymentState.QUEUED, spec, socket=None, restarts=restarts + 1, last_error=error_object)
+            self._move(DeploymentState.QUEUED, socket=None, restarts=restarts + 1, last_error=error_object)
             self.ledger.requeue("engine_died", f"The engine died ({reason}); it starts again.", delay=delay)
 
-    def _give_up(self, spec: ServeSpec, error: RunError) -> None:
+    def _give_up(self, error: RunError) -> None:
         detail = {"code": str(error.code), "message": error.message, "hint": error.hint}
-        self._move(DeploymentState.FAILED, spec, last_error=detail)
+        self._move(DeploymentState.FAILED, last_error=detail)
         self.ledger.fail(error)
-
-
-def _dtype(asked: str, folder: Path, *, has_gpu: bool) -> str:
-    """float32 unless a GPU computes in less, or somebody asked.
-
-    Of a quantised model bfloat16: vLLM's products with 4-bit weights are not made for float32.
-    """
-    if asked != "auto":
-        return asked
-    quantised = bool(read_json(folder / "config.json", "model").get("quantization_config"))
-    return "bfloat16" if has_gpu or quantised else "float32"
 
 
 def _attempt(spec: ServeSpec, launch: EngineLaunch, argv: list[str], env: dict[str, str]) -> dict[str, Any]:
@@ -275,4 +387,5 @@ def _attempt(spec: ServeSpec, launch: EngineLaunch, argv: list[str], env: dict[s
         "served_name": launch.served_name,
         "start_timeout": spec.start_timeout,
         "grace_seconds": GRACE_SECONDS,
+        "sleep_mode": launch.sleep_mode,
     }

@@ -1,5 +1,6 @@
 """Slots: places where jobs run. One thread each, which claims, supervises, and claims again."""
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -8,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from types import MappingProxyType
@@ -26,11 +28,14 @@ from app.processes import kill_holders_of_slot
 from app.reconciler import reap
 from app.settings import Settings, parse_slots
 from app.states import JobState
+from workers.guard import lock_file
 from workers.replicas import ReplicaSupervision
 from workers.supervisor import House, Supervision
 
 log = logging.getLogger(__name__)
 IDLE_SECONDS = 5.0
+_PATIENCE = 1.0
+"""For a slot's lock: the guard of a worker that was killed holds it while it kills what is left."""
 _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits")
 
 
@@ -44,19 +49,26 @@ class SlotLock:
     def __init__(self, settings: Settings, slot_id: str) -> None:
         # In DATA_DIR, which all workers of an installation share whatever their temporary folder is. Opened to append,
         # so that a worker that comes second does not wipe out who holds it.
-        folder = settings.data_dir / "slots"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file: IO[str] = (folder / f"slot-{slot_id}").open("a")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise SlotTaken(
-                f"slot {slot_id} is held by another worker of {settings.data_dir}; stop it, or set TUNESMITH_SLOTS"
-            ) from error
+        path = lock_file(settings.data_dir, slot_id)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file: IO[str] = path.open("a")
+        deadline = time.monotonic() + _PATIENCE
+        while not self._taken():
+            if time.monotonic() >= deadline:
+                self._file.close()
+                raise SlotTaken(
+                    f"slot {slot_id} is held by another worker of {settings.data_dir}; stop it, or set TUNESMITH_SLOTS"
+                )
+            time.sleep(0.05)
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()
+
+    def _taken(self) -> bool:
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
 
     def release(self) -> None:
         """Lets another worker have the slot."""
@@ -145,7 +157,8 @@ class SlotThread(threading.Thread):
 
     def _claim(self) -> Job | None:
         with self.house.database.write() as session:
-            job = claims.claim(session, self.house.worker_id, self.slot_id, self.classes)
+            homes = self.house.parking.homes() if self.house.parking is not None else {}
+            job = claims.claim(session, self.house.worker_id, self.slot_id, self.classes, homes=homes)
             if job is not None:
                 reached("claim.before_commit")
         if job is not None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from app import disk, states
 from app.catalog import RunContext
 from app.errors import Code, RunError
-from workers import hub
+from workers import hub, parts
 
 WEIGHTS = "*.safetensors"
 WANTED = (WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -27,16 +27,13 @@ TWICE = "consolidated*.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _POLL = 0.5
-_STALE = 3600.0
-"""Seconds without a byte after which a part of a download belongs to nobody: its process was killed."""
 
 
 class Staged(NamedTuple):
-    """Where the model lies, its commit (40 hex digits), and bytes that were fetched for it."""
+    """Where the model lies, and its commit (40 hex digits)."""
 
     folder: Path
     commit: str
-    fetched: int
 
 
 def stage(repo: str, revision: str | None, field: str, ctx: RunContext, reserve: int = 0) -> Staged:
@@ -55,7 +52,7 @@ def stage(repo: str, revision: str | None, field: str, ctx: RunContext, reserve:
 
 
 def _stage(repo: str, revision: str | None, field: str, ctx: RunContext, reserve: int, secret: str | None) -> Staged:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_url, snapshot_download
 
     client = hub.client(secret)
     # Asks the hub for the commit, unless the revision is one; where the hub is down, the cache knows the last one.
@@ -63,14 +60,16 @@ def _stage(repo: str, revision: str | None, field: str, ctx: RunContext, reserve
     folder = _whole(repo, commit)
     if folder is not None:
         ctx.event("model_cached", f"{repo} is in the Hugging Face cache.", repo=repo, commit=commit)
-        return Staged(folder, commit, 0)
+        return Staged(folder, commit)
     files = {file.path: file for file in client.list_repo_tree(repo, revision=commit) if hasattr(file, "blob_id")}
     names = _chosen(files)
     _check(repo, names, files, field)
-    missing = {name: _blob(repo, files[name]) for name in names if not _is_here(repo, commit, name, files[name])}
-    total = sum(int(files[name].size) for name in missing)
-    _sweep(repo)
-    _check_room(repo, total, field, reserve)
+    missing = {name: _wanted(repo, files[name]) for name in names if not _is_here(repo, commit, name, files[name])}
+    total = sum(file.size for file in missing.values())
+    parts.discard(_wanted(repo, files[name]) for name in names)
+    parts.sweep(_home(repo) / "blobs")
+    there = sum(parts.usable(file) for file in missing.values())
+    _check_room(repo, total - there, field, reserve)
     ctx.event(
         "model_downloading",
         f"Fetching {repo} from the hub.",
@@ -79,8 +78,10 @@ def _stage(repo: str, revision: str | None, field: str, ctx: RunContext, reserve
         commit=commit,
         files=sorted(missing),
         bytes=total,
+        bytes_here=there,
     )
     with _told(missing, total, ctx):
+        parts.finish(missing, lambda name: str(hf_hub_url(repo, name, revision=commit)), secret)
         found = snapshot_download(
             repo, revision=commit, allow_patterns=[glob.escape(name) for name in names], token=secret or False
         )
@@ -89,7 +90,7 @@ def _stage(repo: str, revision: str | None, field: str, ctx: RunContext, reserve
     if absent:
         raise ConnectionError(f"{', '.join(absent[:5])} did not come")
     ctx.event("model_download_complete", f"{repo} is here.", repo=repo, commit=commit, bytes=total)
-    return Staged(Path(found), commit, total)
+    return Staged(Path(found), commit)
 
 
 def _chosen(names: Mapping[str, Any] | Sequence[str]) -> list[str]:
@@ -168,16 +169,12 @@ def _blob(repo: str, file: Any) -> Path:
     return _home(repo) / "blobs" / str(file.lfs.sha256 if file.lfs is not None else file.blob_id)
 
 
+def _wanted(repo: str, file: Any) -> parts.Wanted:
+    return parts.Wanted(_blob(repo, file), int(file.size), str(file.lfs.sha256) if file.lfs is not None else None)
+
+
 def _is_here(repo: str, commit: str, name: str, file: Any) -> bool:
     return (_home(repo) / "snapshots" / commit / name).is_file() or _blob(repo, file).is_file()
-
-
-def _sweep(repo: str) -> None:
-    """Takes parts of downloads away whose process was killed: nothing goes on with them, and they fill the disk."""
-    for path in (_home(repo) / "blobs").glob("*.incomplete"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE:
-                path.unlink()
 
 
 def _check_room(repo: str, total: int, field: str, reserve: int) -> None:
@@ -199,18 +196,20 @@ def _check_room(repo: str, total: int, field: str, reserve: int) -> None:
 
 
 @contextlib.contextmanager
-def _told(missing: Mapping[str, Path], total: int, ctx: RunContext) -> Iterator[None]:
-    """Says in the meantime how many bytes have come, by what lies on the disk."""
+def _told(missing: Mapping[str, parts.Wanted], total: int, ctx: RunContext) -> Iterator[None]:
+    """Says in the meantime how many bytes are here, by what lies on the disk, and keeps the halves among them."""
     over = threading.Event()
-    begun = time.monotonic()
+    blobs = [file.blob for file in missing.values()]
+    begun, first = time.monotonic(), sum(map(parts.size, blobs))
 
     def watch() -> None:
         while not over.wait(_POLL):
             if ctx.stop_requested():
-                # The library cannot be interrupted, and there is nothing to save: files that are whole stay.
+                # The library cannot be interrupted, and there is nothing to save: what is here stays.
                 os._exit(states.EXIT_CHECKPOINTED)
-            done = sum(_size(path) for path in missing.values())
-            left = (time.monotonic() - begun) / done * (total - done) if done else None
+            parts.keep(missing.values())
+            done = sum(map(parts.size, blobs))
+            left = (time.monotonic() - begun) / (done - first) * (total - done) if done > first else None
             ctx.progress(min(done, total), max(total, 1), eta_seconds=left)
             ctx.tick()
 
@@ -221,14 +220,5 @@ def _told(missing: Mapping[str, Path], total: int, ctx: RunContext) -> Iterator[
     finally:
         over.set()
         thread.join()
+    parts.discard(missing.values())
     ctx.progress(total, max(total, 1), eta_seconds=0.0)
-
-
-def _size(blob: Path) -> int:
-    with contextlib.suppress(OSError):
-        return blob.stat().st_size
-    sizes = [0]
-    for part in blob.parent.glob(f"{glob.escape(blob.name)}.*incomplete"):
-        with contextlib.suppress(OSError):
-            sizes.append(os.stat(part).st_size)
-    return max(sizes)

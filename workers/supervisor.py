@@ -30,7 +30,9 @@ from workers.child import Child, environment, secrets_for, token_of
 from workers.context import ATTEMPT, PREPARED
 from workers.inputs import attempt_file, attempt_spec, resume_point
 from workers.ledger import Flags, Ledger, Line
+from workers.lookout import Lookout
 from workers.outcome import Outcome, Why
+from workers.parking import Parking
 from workers.tracking import Tracking
 from workers.warm import Spares
 
@@ -55,6 +57,8 @@ class House:
     worker_id: str
     stopping: threading.Event
     spares: Spares | None = None
+    parking: Parking | None = None
+    """Where engines sleep; None: there they end."""
     listeners: set[threading.Event] = field(default_factory=set)
     """Set by every ring of the doorbell: something may have changed in the database."""
 
@@ -71,6 +75,7 @@ class Supervision:
         self.folder = house.storage.attempt_dir(job.id, job.fence)
         self._why: Why | None = None
         self._tracking: Tracking | None = None
+        self._lookout: Lookout | None = None
         stall = (job.resolved_spec.get("limits") or {}).get("stall_seconds")
         self._stall_seconds: float | None = stall or (STALL_SECONDS if job.type == "train" else None)
         self._begun = time.monotonic()
@@ -113,7 +118,10 @@ class Supervision:
         quiet = environment(self.house.settings, None)
         self._tracking = Tracking.start(self.house.catalog, self.job, self.folder, child.token, quiet)
         try:
-            self._settle(child, self.listen(child), oom_kills)
+            if spec.asks_served and self.job.resolved_spec["deployment"]:
+                self._lookout = self._look_out(attempt["inputs"])
+            hear = self._lookout.hear if self._lookout is not None else None
+            self._settle(child, self.listen(child, hear), oom_kills)
         except BaseException:
             child.end(0)  # whatever went wrong here, nothing computes on unwatched
             raise
@@ -121,7 +129,16 @@ class Supervision:
             child.close()
             if self._tracking is not None:
                 self._tracking.stop()
+            if self._lookout is not None:
+                self._lookout.stop()
             clear_scratch(self.folder.parent, self.job.fence)
+
+    def _look_out(self, inputs: Mapping[str, Mapping[str, Any]]) -> Lookout:
+        """Somebody who tells the run where the model is served that it asks."""
+        house = self.house
+        lookout = Lookout(house.database, house.settings, house.doorbell.ring, self.job, self.folder, inputs)
+        lookout.start()
+        return lookout
 
     def _prepared_fault(self, reference: str) -> str | None:
         """The first file of the inputs made ready that is not as it was committed. Reads them whole."""
@@ -231,12 +248,14 @@ class Supervision:
             if flags.cancel:
                 child.end(_CANCEL_GRACE if stop_grace is None else stop_grace)
                 return flags
+            if self.leaves() and not pending:
+                return flags
             if self._stall_seconds is not None and now - last_word >= self._stall_seconds:
                 self._why = "stalled"
                 child.end(_CANCEL_GRACE)
             if self.job.wall_seconds is not None and self._run_seconds() >= self.job.wall_seconds:
                 self._why = "wall_time"
-            if self.house.stopping.is_set() or flags.pause or flags.preempt_for or self._why == "wall_time":
+            if self.house.stopping.is_set() or flags.pause or self.makes_room(flags) or self._why == "wall_time":
                 if asked_at is None:
                     asked_at = now
                     child.ask_to_stop()
@@ -245,6 +264,14 @@ class Supervision:
             else:
                 asked_at = None  # the pause was taken back
             time.sleep(_POLL)
+
+    def leaves(self) -> bool:
+        """Whether the child lives on without this supervision."""
+        return False
+
+    def makes_room(self, flags: Flags) -> bool:
+        """Whether the child is to stop, because another job was promised its slot."""
+        return flags.preempt_for is not None
 
     def _run_seconds(self) -> float:
         """Time in slots over all attempts, by this worker's own clock."""

@@ -7,11 +7,11 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app.aliases import repository
+from app.aliases import repository, targets
 from app.db import Database
 from app.deployments import repository as deployments
 from app.deployments.service import Route
-from app.errors import AppError, Code, NotFound, Unavailable
+from app.errors import Code, NotFound, Unavailable
 from app.models import Alias
 
 
@@ -56,33 +56,30 @@ class Traffic:
             alias = repository.get(session, project_id, name)
             if alias is None:
                 return None
-            main = deployments.serving(session, project_id, alias.artifact_id)
-            canary = deployments.serving(session, project_id, alias.canary_artifact_id or "")
-            earlier = deployments.serving(session, project_id, _before(session, alias) or "")
+            sides = (alias.artifact_id, alias.canary_artifact_id, _before(session, alias))
+            main, canary, earlier = [targets.serving(session, project_id, artifact_id) for artifact_id in sides]
+            percent = alias.canary_percent or 0
         if not (main or canary or earlier):
             return None
-        waking: list[AppError] = []
-        routes = [self._first_ready(names, project_id, waking) for names in (main, canary, earlier)]
-        if not any(routes):
-            if waking:  # worth waiting for
-                raise waking[0]
-            raise Unavailable(
-                f"what the alias {name} points to is not ready",
-                retry_after=5,
-                code=Code.MODEL_NOT_READY,
-                hint="Try again soon; GET /deployments shows how far it is.",
-            )
-        # Until what it was moved to is up, what it pointed to before goes on answering.
-        return Split(name, routes[0] or routes[2], routes[1], alias.canary_percent or 0)
-
-    def _first_ready(self, names: Sequence[str], project_id: str, waking: list[AppError]) -> Route | None:
-        for name in names:
-            try:
-                return self._deployed(name, project_id)
-            except AppError as error:
-                if error.code is Code.MODEL_WAKING:
-                    waking.append(error)
-        return None
+        finder = targets.Finder(self._deployed, project_id)
+        # Both sides have senders, so both are woken; whichever is there first answers for the other.
+        first = finder.first(main)
+        coming = bool(finder.waking)
+        second = finder.first(canary)
+        if first is None:
+            # Until what it was moved to is up, what it pointed to before goes on answering. That sleeps on where the
+            # other is on its way.
+            first = finder.ready(earlier) if coming else finder.first(earlier)
+        if first or second:
+            return Split(name, first, second, percent)
+        if finder.waking:  # worth waiting for
+            raise finder.waking[0]
+        raise Unavailable(
+            f"what the alias {name} points to is not ready",
+            retry_after=5,
+            code=Code.MODEL_NOT_READY,
+            hint="Try again soon; GET /deployments shows how far it is.",
+        )
 
 
 def _before(session: Session, alias: Alias) -> str | None:
@@ -100,14 +97,14 @@ def aliased_models(session: Session, project_id: str, served: Sequence[dict[str,
     by_name = {entry["id"]: entry for entry in served}
     found = []
     for alias in repository.every(session, project_id):
-        targets = [
+        names = [
             name
             for artifact_id in (alias.artifact_id, alias.canary_artifact_id, _before(session, alias))
             if artifact_id
             for name in deployments.serving(session, project_id, artifact_id)
         ]
-        if targets and alias.name not in by_name:
-            entry = by_name[targets[0]]
-            changes = {"id": alias.name, "created": int(alias.created_at.timestamp()), "root": targets[0]}
+        if names and alias.name not in by_name:
+            entry = by_name[names[0]]
+            changes = {"id": alias.name, "created": int(alias.created_at.timestamp()), "root": names[0]}
             found.append({**entry, **changes})
     return found

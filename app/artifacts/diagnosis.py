@@ -17,7 +17,7 @@ from app.artifacts.service import existing
 from app.errors import AppError, Code, NotFound
 from app.models import Artifact, Job
 from app.settings import Settings
-from app.storage import MANIFEST, Storage
+from app.storage import Storage
 
 Row = Literal[
     "missing_package", "out_of_memory", "adapter_does_not_load", "merged_model_poor", "learnt_nothing", "other"
@@ -166,10 +166,7 @@ def _of_files(session: Session, settings: Settings, project_id: str, row: Artifa
     """Is it whole on the disk, and is the base of an adapter still there?"""
     broken: Row = "adapter_does_not_load" if row.kind in ("adapter", "reward") else "merged_model_poor"
     storage = Storage(settings.data_dir)
-    try:
-        faults = storage.verify(row.id, read=False)
-    except (OSError, ValueError, KeyError):
-        faults = [MANIFEST]
+    faults = storage.verify(row.id, read=False)
     if faults:
         yield Finding(
             row=broken,

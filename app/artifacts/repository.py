@@ -6,7 +6,17 @@ from typing import Any
 from sqlalchemy import ColumnElement, String, and_, cast, delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from app.models import Alias, Artifact, ArtifactTag, Checkpoint, DeletedArtifact, Deployment, DeploymentAdapter, Job
+from app.models import (
+    Alias,
+    Artifact,
+    ArtifactTag,
+    Checkpoint,
+    DeletedArtifact,
+    Deployment,
+    DeploymentAdapter,
+    DeploymentReplica,
+    Job,
+)
 from app.states import DEPLOYMENT_LIVE, TERMINAL
 
 
@@ -63,8 +73,16 @@ def users(session: Session, artifact: Artifact) -> list[str]:
         for row in session.scalars(
             select(Deployment).where(
                 Deployment.project_id == project,
-                Deployment.artifact_id == artifact.id,
                 Deployment.status.in_(DEPLOYMENT_LIVE),
+                or_(
+                    Deployment.artifact_id == artifact.id,
+                    # What is to replace it, and what still finishes its requests.
+                    Deployment.id.in_(
+                        select(DeploymentReplica.deployment_id).where(
+                            DeploymentReplica.artifact_id == artifact.id, DeploymentReplica.status.in_(DEPLOYMENT_LIVE)
+                        )
+                    ),
+                ),
             )
         )
     ]

@@ -1,12 +1,14 @@
 """``tunesmith deploy``, ``deployments`` and ``chat``."""
 
+import time
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from app.client import Client
 from app.commands import folders
-from app.commands.show import as_json, finished, follow, out, service, table
+from app.commands.show import as_json, err, finished, follow, out, service, table
 
 group = typer.Typer(help="Models being served.", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
@@ -16,13 +18,25 @@ def deploy(
     model: Annotated[str, typer.Argument(help="A registered name, artifact:<id>, or a path.")],
     name: Annotated[str | None, typer.Option(help="The model name that clients ask for.")] = None,
     max_model_len: int | None = None,
+    replicas: Annotated[int | None, typer.Option(help="Copies of the engine.")] = None,
+    tool_call_parser: Annotated[
+        str | None, typer.Option(help="vLLM's parser for calls of tools; default by the model's chat template.")
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(help="vLLM's parser for thoughts; default by the model's chat template.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Serves a model and waits until it answers."""
     served = name or model.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
     spec: dict[str, Any] = {"type": "deploy", "model": model, "name": served}
-    if max_model_len:
-        spec["max_model_len"] = max_model_len
+    chosen = {
+        "max_model_len": max_model_len,
+        "replicas": replicas,
+        "tool_call_parser": tool_call_parser,
+        "reasoning_parser": reasoning_parser,
+    }
+    spec |= {field: value for field, value in chosen.items() if value}
     with service() as client:
         spec["model"] = folders.reference(client, model)
         job = client.submit(spec)
@@ -69,6 +83,46 @@ def unload(deployment_id: str, name: str) -> None:
     with service() as client:
         client.call("DELETE", f"/deployments/{deployment_id}/adapters/{name}")
     out.print(f"{name} is no longer served", markup=False)
+
+
+@group.command()
+def update(
+    deployment_id: str,
+    model: Annotated[str | None, typer.Option(help="Another model under the same name.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Copies of the engine.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, e.g. max_model_len=4096; may be repeated.")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Until the new engines answer.")] = True,
+    json: AsJson = False,
+) -> None:
+    """Changes a deployment while it serves: new engines take over, and no request fails."""
+    body: dict[str, Any] = {"model": model, "replicas": replicas}
+    body = {name: value for name, value in body.items() if value is not None}
+    for entry in option or []:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{entry!r} is not NAME=VALUE", param_hint="--option")
+        body[name] = yaml.safe_load(value)
+    if not body:
+        raise typer.BadParameter("say what is to change: --model, --replicas or --option")
+    with service() as client:
+        if model is not None:
+            body["model"] = folders.reference(client, model)
+        row = client.call("PATCH", f"/deployments/{deployment_id}", json=body)
+        before, replaced = row["generation"], row["coming"] is not None
+        while wait and row["coming"] is not None:
+            time.sleep(0.5)
+            row = client.call("GET", f"/deployments/{deployment_id}")
+    failed = replaced and row["coming"] is None and row["generation"] == before
+    if json:
+        as_json(row)
+    elif not failed:
+        served = row["coming"] or row
+        out.print(f"{row['name']}: {served['options']['replicas']} x {served['model']}", markup=False)
+    if failed:
+        err.print((row["last_error"] or {}).get("message", row["status"]), style="red", markup=False)
+        raise typer.Exit(1)
 
 
 @group.command()

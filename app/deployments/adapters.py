@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -9,7 +10,7 @@ from app.db import Database
 from app.deployments import hotload, loaded, repository
 from app.deployments.schemas import AdapterIn, AdapterOut
 from app.errors import BadRequest, Code, Conflict, NotFound
-from app.models import Deployment, DeploymentAdapter
+from app.models import Artifact, Deployment, DeploymentAdapter
 from app.settings import Settings
 from app.specs import DeploymentOptions
 from app.states import AdapterState, DeploymentState, Desired
@@ -91,18 +92,53 @@ def attach(
     return made
 
 
-def nearest(session: Session, project_id: str, candidate: hotload.Candidate, rank: int) -> Deployment | None:
-    """Of the deployments of the adapter's base that have room for its rank, the one that is nearest to answering."""
+def nearest(
+    session: Session, project_id: str, candidate: hotload.Candidate, rank: int, asked: DeploymentOptions | None = None
+) -> Deployment | None:
+    """Of the deployments of the adapter's base that have room for its rank, the one that is nearest to answering.
+
+    A parser that is asked for by name is the deployment's too.
+    """
+    named = asked.model_dump(include={"tool_call_parser", "reasoning_parser"}) if asked is not None else {}
+    needed = {field: value for field, value in named.items() if value != "auto"}
     fitting = [
         row
         for row in repository.live(session, project_id)
         if row.desired != Desired.STOPPED
         and row.options.get("hot_load")
         and row.options.get("max_lora_rank", 0) >= rank
+        and needed.items() <= row.options.items()
         and hotload.serves_base_of(session, row, candidate)
     ]
     order = (DeploymentState.READY, DeploymentState.UNHEALTHY, DeploymentState.STARTING)
     return min(fitting, key=lambda row: order.index(row.status) if row.status in order else len(order), default=None)
+
+
+def check_adapters_fit(
+    session: Session, row: Deployment, model: str, artifact_id: str | None, options: dict[str, Any]
+) -> None:
+    """Whether what is to replace a deployment could load the adapters that it has. Raises Conflict."""
+    names = [entry.name for entry in loaded.of(session, [row.id])[row.id]]
+    if not names:
+        return
+    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    if not options["hot_load"]:
+        raise Conflict(
+            f"hot_load: {row.name} has adapters ({shown})",
+            param="hot_load",
+            hint="Take them off first, or leave it on.",
+        )
+    if model != row.model and not _same_bytes(session, row.artifact_id, artifact_id):
+        raise Conflict(
+            f"model: the adapters of {row.name} ({shown}) were trained on {row.model}",
+            param="model",
+            hint=f"Take them off first (DELETE /deployments/{row.id}/adapters/…), or deploy the model by another name.",
+        )
+
+
+def _same_bytes(session: Session, one: str | None, other: str | None) -> bool:
+    mine, its = (session.get(Artifact, artifact_id) if artifact_id else None for artifact_id in (one, other))
+    return mine is not None and its is not None and mine.sha256 == its.sha256
 
 
 def not_servable(reference: str, fault: str, param: str) -> BadRequest:

@@ -1,6 +1,8 @@
 """Checkpoints of runs as model names: ``<run>:ckpt-step-<N>``, loaded when somebody first asks for them."""
 
 import re
+from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -11,8 +13,16 @@ from app.deployments.adapters import Looked, attach, nearest
 from app.errors import Code, Conflict, NotFound
 from app.models import Checkpoint, Deployment, Job
 from app.settings import Settings
+from app.states import AdapterState
 
 _NAME = re.compile(r"^(?P<run>[A-Za-z0-9][A-Za-z0-9._-]{0,127}):ckpt-step-(?P<step>\d{1,9})$")
+
+
+@dataclass(frozen=True)
+class _Found:
+    checkpoint: Checkpoint
+    candidate: hotload.Candidate
+    rank: int
 
 
 def ask_for(database: Database, settings: Settings, project_id: str, model: str) -> Deployment | None:
@@ -21,6 +31,35 @@ def ask_for(database: Database, settings: Settings, project_id: str, model: str)
     ``run`` is an experiment's name (its newest run that has the step) or a job's id. Raises Conflict for one that no
     engine can load, NotFound while no deployment of its base runs.
     """
+    found = _look(database, settings, project_id, model)
+    if found is None:
+        return None
+    with database.write() as session:
+        row = _home(session, project_id, model, found)
+        attach(session, row, Looked(found.candidate, model, None), None, param="model")
+    return row
+
+
+def entry(database: Database, settings: Settings, project_id: str, model: str) -> dict[str, Any] | None:
+    """As ``/v1/models`` shows one that can be asked and is not loaded. None and errors as ``ask_for``'s."""
+    found = _look(database, settings, project_id, model)
+    if found is None:
+        return None
+    with database.read() as session:
+        row = _home(session, project_id, model, found)
+    return {
+        "id": model,
+        "object": "model",
+        "created": int(found.checkpoint.created_at.timestamp()),
+        "owned_by": project_id,
+        "root": found.checkpoint.job_id,
+        "parent": row.name,
+        # What a request brings back it also brings for the first time.
+        "status": AdapterState.EVICTED,
+    }
+
+
+def _look(database: Database, settings: Settings, project_id: str, model: str) -> _Found | None:
     match = _NAME.match(model)
     if match is None:
         return None
@@ -39,17 +78,18 @@ def ask_for(database: Database, settings: Settings, project_id: str, model: str)
             hint=f"Merge it and deploy the result: its path is {reference}.",
         )
     assert candidate.adapter.folder is not None
-    rank = hotload.rank_of(candidate.adapter.folder)
-    with database.write() as session:
-        row = nearest(session, project_id, candidate, rank)
-        if row is None:
-            raise NotFound(
-                f"no deployment of {candidate.root.pinned} runs that could load {model}",
-                param="model",
-                code=Code.MODEL_NOT_FOUND,
-                hint="Deploy that model: POST /deployments; its checkpoints then answer by their names.",
-            )
-        attach(session, row, Looked(candidate, model, None), None, param="model")
+    return _Found(found, candidate, hotload.rank_of(candidate.adapter.folder))
+
+
+def _home(session: Session, project_id: str, model: str, found: _Found) -> Deployment:
+    row = nearest(session, project_id, found.candidate, found.rank)
+    if row is None:
+        raise NotFound(
+            f"no deployment of {found.candidate.root.pinned} runs that could load {model}",
+            param="model",
+            code=Code.MODEL_NOT_FOUND,
+            hint="Deploy that model: POST /deployments; its checkpoints then answer by their names.",
+        )
     return row
 
 

@@ -3,9 +3,6 @@
 What cannot is merged first. Files are read here, so nothing of this belongs into a transaction.
 """
 
-import filecmp
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,15 +11,15 @@ from sqlalchemy.orm import Session
 
 from app.artifacts import inspect, references
 from app.artifacts import repository as artifacts
+from app.deployments import words
 from app.errors import AppError, BadRequest, Code
 from app.models import Artifact, Deployment
 from app.peft import MOVING_STARTS, VARIANTS
 from app.settings import Settings
 from app.specs import LoraRank
+from app.targets import HEADS
 
 RANKS: tuple[int, ...] = get_args(LoraRank)
-_TOKENIZES = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
-"""Parts of a tokenizer.json that say which ids a text becomes; truncation and padding are settings of a run."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def fault(candidate: Candidate, max_rank: int = RANKS[-1]) -> str | None:
         found = _by_config(config) or _by_tensors(folder, max_rank)
     except AppError as error:
         return error.message
-    return found or _by_words(folder, base)
+    return found or words.fault(folder, base)
 
 
 def rank_of(folder: Path) -> int:
@@ -118,29 +115,9 @@ def _by_tensors(folder: Path, max_rank: int) -> str | None:
     rank = rank_of(folder)
     if rank == 0:
         return "it holds no LoRA matrices"
+    if any(HEADS.intersection(name.split(".")) for name in inspect.tensor_shapes(folder, "adapter")):
+        return "it changes the output layer"
     return f"its rank {rank} is above {max_rank}" if rank > max_rank else None
-
-
-def _by_words(folder: Path, base: Path) -> str | None:
-    own, its = folder / "tokenizer.json", base / "tokenizer.json"
-    # Large ones take a second to be read as JSON; most are the base's, byte for byte.
-    same = not own.is_file() or (its.is_file() and filecmp.cmp(own, its, shallow=False))
-    if not same and _tokenizer(own) != _tokenizer(its):
-        return "its tokenizer is not the base's"
-    template = inspect.template_sha256(folder)
-    if template is not None and template != inspect.template_sha256(base):
-        return "its chat template is not the base's"
-    return None
-
-
-def _tokenizer(path: Path) -> str:
-    """A hash of what decides which ids a text becomes."""
-    try:
-        whole = json.loads(path.read_bytes())
-        deciding = {key: whole.get(key) for key in _TOKENIZES}
-    except (OSError, ValueError, AttributeError):
-        return f"{path} cannot be read"
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def is_base(session: Session, found: references.Resolved) -> bool:

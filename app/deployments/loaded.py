@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from app.models import Deployment, DeploymentAdapter
+from app.models import Deployment, DeploymentAdapter, DeploymentReplica
 from app.states import DEPLOYMENT_LIVE, AdapterState
 
 
@@ -89,10 +89,18 @@ def move(
     return moved is not None
 
 
-def none_is_loaded(session: Session, deployment_id: str) -> None:
-    """A new engine has none of them: those that the one before had are waited for."""
+def what_is_gone_is_waited_for(session: Session, deployment_id: str) -> None:
+    """Adapters that no engine has any more, because the one that had them ended, are to be loaded anew."""
+    engines = select(DeploymentReplica.loaded).where(
+        DeploymentReplica.deployment_id == deployment_id, DeploymentReplica.status.in_(DEPLOYMENT_LIVE)
+    )
+    kept = {name for names in session.scalars(engines) for name in names}
     session.execute(
         update(DeploymentAdapter)
-        .where(DeploymentAdapter.deployment_id == deployment_id, DeploymentAdapter.status == AdapterState.READY)
+        .where(
+            DeploymentAdapter.deployment_id == deployment_id,
+            DeploymentAdapter.status == AdapterState.READY,
+            DeploymentAdapter.name.not_in(kept),
+        )
         .values(status=AdapterState.WAITING)
     )

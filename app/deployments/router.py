@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from app.db import after_commit
 from app.deployments import adapters, service
-from app.deployments.schemas import AdapterIn, AdapterOut, DeploymentIn, DeploymentOut
+from app.deployments.schemas import AdapterIn, AdapterOut, DeploymentChange, DeploymentIn, DeploymentOut
 from app.deps import After, Limit, Reader, RoomsDep, Server
 from app.paging import Deleted, Page, page_of
 
@@ -38,6 +38,18 @@ def get_deployment(deployment_id: str, caller: Reader, rooms: RoomsDep) -> Deplo
     """Status, engine options and the last error."""
     with rooms.database.read() as session:
         return service.show(session, rooms.settings, caller.project_id, deployment_id)
+
+
+@router.patch("/{deployment_id}", summary="Change a deployment while it serves")
+def change_deployment(deployment_id: str, body: DeploymentChange, caller: Server, rooms: RoomsDep) -> DeploymentOut:
+    """Another model or other options: new engines start beside the old ones and take over when all of them can answer.
+
+    No request fails meanwhile; if a new engine fails, the old ones go on, and `last_error` tells why. `replicas` alone
+    starts or ends engines of the same kind.
+    """
+    with rooms.database.write() as session:
+        after_commit(session, rooms.doorbell.ring)
+        return service.change(session, rooms.settings, rooms.catalog, caller.project_id, deployment_id, body)
 
 
 @router.delete("/{deployment_id}", summary="Stop a deployment")

@@ -1,6 +1,6 @@
 """From a model name to the engine that answers to it; for the gateway."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,26 +8,36 @@ from datetime import timedelta
 from sqlalchemy import update
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.db import Database
-from app.deployments import checkpoints, loaded, repository
+from app.db import Database, after_commit
+from app.deployments import checkpoints, loaded, replicas, repository
 from app.errors import AppError, Code, Conflict, NotFound, Unavailable
 from app.jobs import live
-from app.models import Deployment, DeploymentAdapter, now
+from app.models import Deployment, DeploymentAdapter, DeploymentReplica, now
 from app.settings import Settings
 from app.states import AdapterState, DeploymentState
 
 USED_SECONDS = 5.0
 """How exactly it is stored when a model was last used: never a write a request."""
-_ANSWERS = (DeploymentState.READY, DeploymentState.UNHEALTHY)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An engine: the id of its replica, or of the run that answers itself, and where it listens."""
+
+    id: str
+    socket: str
 
 
 @dataclass(frozen=True)
 class Route:
-    """Where requests for a model name go."""
+    """Where requests for a model name go: to any of the targets, oldest first."""
 
-    socket: str
+    targets: tuple[Target, ...]
     served_name: str
     deployment_id: str
+    generation: int = 1
+    adapter: str | None = None
+    """The pinned reference of the adapter that answers there; None: the deployment's own model."""
 
 
 class Router:
@@ -56,13 +66,13 @@ class Router:
             found = loaded.by_name(session, project_id, model) if row is None else None
         if row is not None:
             self._used(row)
-            return Route(self._socket(row, row.name), row.name, row.id)
+            return Route(_targets(self._engines(row, row.name)), row.name, row.id, row.generation)
         if found is not None:
             return self._to_adapter(*found)
         if self._settings is not None:
             base = checkpoints.ask_for(self._database, self._settings, project_id, model)
             if base is not None:
-                self._socket(base, model)
+                self._engines(base, model)
                 self._ring()
                 raise waking(model)
         raise NotFound(
@@ -92,7 +102,7 @@ class Router:
                 code=Code.MODEL_NOT_READY,
                 hint="Its events tell how far it is.",
             )
-        return Route(str(socket), model, found[0])
+        return Route((Target(found[0], str(socket)),), model, found[0])
 
     def _to_adapter(self, adapter: DeploymentAdapter, row: Deployment) -> Route:
         if adapter.status == AdapterState.FAILED:
@@ -108,23 +118,30 @@ class Router:
             with self._database.write() as session:
                 loaded.move(session, adapter, AdapterState.WAITING, only_from=[AdapterState.EVICTED], used_at=now())
             self._ring()
-        socket = self._socket(row, adapter.name)
-        if adapter.status != AdapterState.READY:
+        engines = self._engines(row, adapter.name)
+        having = [one for one in engines if one.loaded.get(adapter.name) == adapter.model]
+        if adapter.status != AdapterState.READY or not having:
             raise waking(adapter.name)
-        return Route(socket, adapter.name, row.id)
+        return Route(_targets(having), adapter.name, row.id, row.generation, adapter.model)
 
-    def _socket(self, row: Deployment, model: str) -> str:
-        """Where the engine listens; one that sleeps is woken. Raises Unavailable while it does not."""
-        if row.status == DeploymentState.SLEEPING:
+    def _engines(self, row: Deployment, model: str) -> Sequence[DeploymentReplica]:
+        """Those that answer; what sleeps is woken. Raises Unavailable while there is none."""
+        with self._database.read() as session:
+            every = replicas.of(session, [row.id])[row.id]
+        found = replicas.answering(row, every)
+        if found:
+            return found
+        if any(one.status == DeploymentState.SLEEPING for one in every):
             with self._database.write() as session:
-                repository.wake(session, row)
+                replicas.wake(session, row)
             self._ring()
             raise waking(model)
-        if row.socket is None or row.status not in _ANSWERS:
-            # One that sleeps at times is on its way back within a start's time.
-            slept = row.options.get("idle_timeout") is not None and row.ready_at is not None
-            raise waking(model) if slept else _not_ready(row)
-        return row.socket
+        # One that sleeps at times is on its way back within a start's time.
+        slept = row.options.get("idle_timeout") is not None and row.ready_at is not None
+        if not slept:
+            with self._database.read() as session:
+                slept = replicas.wakes(session, every)
+        raise waking(model) if slept else _not_ready(row)
 
     def _used(self, row: Deployment | DeploymentAdapter) -> None:
         if row.used_at is not None and now() - row.used_at < timedelta(seconds=USED_SECONDS):
@@ -137,6 +154,13 @@ class Router:
         # The answer matters more than the note: a database that is busy must not refuse a chat.
         with suppress(SQLAlchemyError), self._database.write() as session:
             session.execute(query.values(used_at=now()))
+            # Of several engines some may have gone to sleep before this use was noted.
+            if isinstance(row, Deployment) and replicas.wake(session, row):
+                after_commit(session, self._ring)
+
+
+def _targets(engines: Sequence[DeploymentReplica]) -> tuple[Target, ...]:
+    return tuple(Target(one.id, one.socket) for one in engines if one.socket is not None)
 
 
 def waking(model: str) -> Unavailable:

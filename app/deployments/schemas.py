@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from app.models import Deployment, DeploymentAdapter
+from app.models import Deployment, DeploymentAdapter, DeploymentReplica
+from app.serving import EngineResources, take_resources
 from app.specs import AdapterRef, DeploymentOptions, ModelRef, Name, Spec
 
 
@@ -50,7 +51,17 @@ def _named(value: Any) -> Any:
     return {"adapter": value} if isinstance(value, str) else value
 
 
-class DeploymentIn(DeploymentOptions):
+class _Asked(DeploymentOptions):
+    resources: EngineResources | None = Field(None, description="As jobs have them; `gpus` is `tensor_parallel_size`.")
+
+    @model_validator(mode="after")
+    def _resources(self) -> Self:
+        if self.resources is not None:
+            take_resources(self, self.resources)
+        return self
+
+
+class DeploymentIn(_Asked):
     """A model to serve under a name."""
 
     model_config = {
@@ -63,12 +74,31 @@ class DeploymentIn(DeploymentOptions):
     )
 
 
+class DeploymentChange(_Asked):
+    """What is to be different; the rest stays as it is."""
+
+    model_config = {"json_schema_extra": {"examples": [{"model": "support_merged:v3"}, {"replicas": 2}]}}
+    model: ModelRef | None = Field(None, description="Another model under the same name; default: the one served now.")
+
+
 class ReplicaOut(BaseModel):
     """One running copy of the engine."""
 
     id: str
     status: str
+    generation: int = Field(description="Those of the deployment's own generation answer; one more: to replace them.")
+    retiring: bool = Field(description="It gets no more requests, finishes those that it has, and ends.")
+    restarts: int
     started_at: datetime | None
+
+
+class Coming(BaseModel):
+    """What is to replace what a deployment serves."""
+
+    model: str
+    artifact_id: str | None
+    options: dict[str, Any]
+    since: datetime
 
 
 class DeploymentOut(BaseModel):
@@ -82,6 +112,8 @@ class DeploymentOut(BaseModel):
     desired: Literal["running", "sleeping", "stopped"]
     status: Literal["queued", "starting", "ready", "unhealthy", "sleeping", "stopped", "failed"]
     adapters: list[AdapterOut]
+    generation: int = Field(description="Counted up whenever its engines have been replaced.")
+    coming: Coming | None = Field(description="What is replacing it; its engines answer as soon as all of them can.")
     replicas: list[ReplicaOut]
     endpoint: str = Field(description="Where an OpenAI client talks to it; model = name.")
     options: dict[str, Any]
@@ -95,13 +127,25 @@ class DeploymentOut(BaseModel):
     ready_at: datetime | None
 
     @classmethod
-    def of(cls, row: Deployment, base_url: str, adapters: Sequence[DeploymentAdapter] = ()) -> "DeploymentOut":
-        """From its row and those of its adapters."""
-        replicas = (
-            [ReplicaOut(id=row.replica_job_id, status=row.status, started_at=row.ready_at)]
-            if row.replica_job_id and row.status not in ("stopped", "failed")
-            else []
-        )
+    def of(
+        cls,
+        row: Deployment,
+        base_url: str,
+        adapters: Sequence[DeploymentAdapter] = (),
+        engines: Sequence[DeploymentReplica] = (),
+    ) -> "DeploymentOut":
+        """From its row and those of its adapters and engines."""
+        replicas = [
+            ReplicaOut(
+                id=one.id,
+                status=one.status,
+                generation=one.generation,
+                retiring=one.retiring,
+                restarts=one.restarts,
+                started_at=one.ready_at,
+            )
+            for one in engines
+        ]
         return cls(
             id=row.id,
             name=row.name,
@@ -110,6 +154,8 @@ class DeploymentOut(BaseModel):
             desired=row.desired,
             status=row.status,
             adapters=[AdapterOut.of(adapter) for adapter in adapters],
+            generation=row.generation,
+            coming=Coming.model_validate(row.coming) if row.coming else None,
             replicas=replicas,
             endpoint=f"{base_url}/v1",
             options=row.options,

@@ -7,22 +7,19 @@ from sqlalchemy.orm import Session
 
 from app.artifacts import inspect, references
 from app.catalog import Catalog
-from app.deployments import hotload, loaded, repository
-from app.deployments.adapters import Looked, attach, check_free, existing
+from app.deployments import hotload, loaded, replicas, repository, rollout
+from app.deployments.adapters import Looked, attach, check_adapters_fit, check_free, existing
 from app.deployments.routes import Route, Router
-from app.deployments.schemas import DeploymentIn, DeploymentOut
-from app.errors import BadRequest, Code
+from app.deployments.schemas import DeploymentChange, DeploymentIn, DeploymentOut
+from app.errors import BadRequest, Code, Conflict
 from app.jobs import live
-from app.jobs import repository as jobs
-from app.jobs.repository import Move
-from app.models import Deployment, DeploymentAdapter, Job, new_id, now
+from app.models import Deployment, DeploymentAdapter, new_id
 from app.paging import Page, page_of
 from app.settings import Settings
-from app.specs import DeploymentOptions, ServeSpec
-from app.states import DeploymentState, Desired, JobState
+from app.specs import DeploymentOptions
+from app.states import DEPLOYMENT_LIVE, DeploymentState, Desired, JobState
 
 __all__ = ["Route", "Router"]
-_MAX_RESTARTS = 10_000  # a replica's attempts are counted on its deployment
 
 
 def create(
@@ -38,7 +35,7 @@ def create(
     adapters: Sequence[Looked] = (),
 ) -> Deployment:
     """A deployment and the job of its first replica. Raises Conflict when a name is served already."""
-    catalog.check_engine(options.engine)
+    catalog.check_engine(options)
     check_free(session, project_id, name)
     found = references.resolve(session, settings, project_id, model, param="model")
     check_servable(found)
@@ -58,8 +55,8 @@ def create(
     session.flush()
     for number, adapter in enumerate(adapters):
         attach(session, row, adapter, key_id, param=f"adapters.{number}.adapter")
-    row.replica_job_id = _add_replica(session, row).id
-    session.flush()
+    for _ in range(options.replicas):
+        replicas.add(session, row, row.generation, row.model, row.artifact_id, kept)
     return row
 
 
@@ -89,68 +86,71 @@ def check_servable(found: references.Resolved) -> None:
     inspect.read_json(found.folder / "config.json", "model")
 
 
-def _add_replica(session: Session, row: Deployment) -> Job:
-    spec = ServeSpec.model_validate(
-        {**row.options, "model": row.model, "name": row.name, "deployment_id": row.id, "experiment_name": row.name}
-    ).model_dump(mode="json")
-    job = Job(
-        id=new_id("job"),
-        project_id=row.project_id,
-        created_by=row.created_by,
-        type="serve",
-        algorithm=None,
-        experiment_name=row.name,
-        spec=spec,
-        spec_sha256="",
-        resolved_spec=spec,
-        slot_class="serve",
-        max_attempts=_MAX_RESTARTS,
-        deployment_id=row.id,
-    )
-    jobs.add(session, job)
-    return job
-
-
 def stop(session: Session, project_id: str, deployment_id: str) -> DeploymentOut:
     """Asks for the end; an engine that runs is stopped by its worker. Stopping twice is fine."""
     row = existing(session, project_id, deployment_id)
-    if row.status not in (DeploymentState.STOPPED, DeploymentState.FAILED):
+    if row.status in DEPLOYMENT_LIVE:
+        replicas.lock(session, row.id)
         row.desired = Desired.STOPPED
         session.flush()
-        stop_replica(session, row)
+        for replica in replicas.of(session, [row.id])[row.id]:
+            replicas.stop(session, replica)
+        replicas.settle(session, row)
     session.refresh(row)
     return _shown(session, "", [row])[0]
 
 
-def stop_replica(session: Session, row: Deployment) -> None:
-    """Cancels the replica's job, at once if it only waits."""
-    replica = session.get(Job, row.replica_job_id) if row.replica_job_id else None
-    if replica is None or JobState(replica.state).terminal:
-        repository.transition(session, row.id, DeploymentState.STOPPED)
-        return
-    cancelled = Move(JobState.CANCELLED, "job_cancelled", "The deployment was stopped.")
-    if jobs.transition(session, replica.id, JobState.QUEUED, cancelled):
-        repository.transition(session, row.id, DeploymentState.STOPPED)
-        return
-    asked = Move(
-        JobState.RUNNING, "cancel_requested", "The deployment is being stopped.", values={"cancel_requested_at": now()}
-    )
-    jobs.note(session, replica.id, asked, Job.state == JobState.RUNNING, Job.cancel_requested_at.is_(None))
+def change(
+    session: Session,
+    settings: Settings,
+    catalog: Catalog,
+    project_id: str,
+    deployment_id: str,
+    body: DeploymentChange,
+) -> DeploymentOut:
+    """``PATCH /deployments/{id}``: another number of engines at once, all else by new engines that take over.
+
+    Raises NotFound, BadRequest; Conflict for a deployment that is over, and for one whose adapters would not fit.
+    """
+    existing(session, project_id, deployment_id)
+    row = replicas.lock(session, deployment_id)
+    assert row is not None
+    if row.desired == Desired.STOPPED or row.status not in DEPLOYMENT_LIVE:
+        raise Conflict(f"the deployment is {row.status}", hint="Start it again with POST /deployments.")
+    wished = row.coming or {"model": row.model, "artifact_id": row.artifact_id, "options": row.options}
+    fields = body.model_fields_set & set(DeploymentOptions.model_fields)
+    options = {**wished["options"], **body.model_dump(mode="json", include=fields)}
+    if options.get("hot_load") is None:
+        options["hot_load"] = wished["options"]["hot_load"]
+    catalog.check_engine(DeploymentOptions.model_validate(options))
+    model, artifact_id = wished["model"], wished["artifact_id"]
+    if body.model is not None:
+        found = references.resolve(session, settings, project_id, body.model, param="model")
+        check_servable(found)
+        model, artifact_id = found.pinned, found.artifact.id if found.artifact else None
+    check_adapters_fit(session, row, model, artifact_id, options)
+    changed = {name for name in options if options[name] != wished["options"].get(name)}
+    if model != wished["model"] or changed - {"replicas"} or (changed and row.coming):
+        rollout.begin(session, row, model, artifact_id, options)
+    elif changed:
+        rollout.scale(session, row, options["replicas"])
+    session.refresh(row)
+    return _shown(session, settings.base_url, [row])[0]
 
 
 def has_orphans(session: Session) -> bool:
     """Whether ``settle_orphans`` has something to do."""
-    return session.execute(repository.orphans().limit(1)).first() is not None
+    return session.execute(replicas.orphans().limit(1)).first() is not None
 
 
 def settle_orphans(session: Session) -> None:
-    """A deployment whose replica's job is final serves nothing any more, however it came to that."""
-    for row, replica in session.execute(repository.orphans()).all():
-        if replica.state == JobState.FAILED and row.desired != Desired.STOPPED:
-            error = {"code": replica.error_code, **(replica.error_detail or {})}
-            repository.transition(session, row.id, DeploymentState.FAILED, replica=replica.id, last_error=error)
+    """A replica whose job is final serves nothing any more, however it came to that."""
+    for replica, job in session.execute(replicas.orphans()).all():
+        if job.state == JobState.FAILED and not replica.retiring:
+            error = {"code": job.error_code, **(job.error_detail or {})}
+            replicas.move(session, replica.id, DeploymentState.FAILED, last_error=error)
         else:
-            repository.transition(session, row.id, DeploymentState.STOPPED, replica=replica.id)
+            replicas.move(session, replica.id, DeploymentState.STOPPED)
 
 
 def show(session: Session, settings: Settings, project_id: str, deployment_id: str) -> DeploymentOut:
@@ -168,8 +168,9 @@ def listing(
 
 
 def _shown(session: Session, base_url: str, rows: Sequence[Deployment]) -> list[DeploymentOut]:
-    adapters = loaded.of(session, [row.id for row in rows])
-    return [DeploymentOut.of(row, base_url, adapters[row.id]) for row in rows]
+    ids = [row.id for row in rows]
+    adapters, engines = loaded.of(session, ids), replicas.of(session, ids)
+    return [DeploymentOut.of(row, base_url, adapters[row.id], engines[row.id]) for row in rows]
 
 
 def create_from(

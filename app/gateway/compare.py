@@ -86,7 +86,7 @@ async def _one(desk: Desk, request: ChatRequest, caller: Caller, find: FindRoute
     answer: dict[str, Any] = {}
     problem = None
     try:
-        upstream, _ = await desk.ask(_PATH, request, caller, find, request_id)
+        upstream = await desk.ask(_PATH, request, caller, find, request_id)
         answer = json.loads(await upstream.json())
     except AppError as error:
         problem = error.as_object()["error"]

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from app.gateway.limits import Limiter, Permit
+from app.gateway.limits import Limiter
 from app.gateway.proxy import EngineClient, FindRoute
 from app.gateway.requests import EngineRequest
 from app.gateway.tally import Tally
@@ -32,18 +32,26 @@ class Desk:
                 await self.limiter.close()
 
     async def ask(
-        self, path: str, body: EngineRequest, caller: Caller, find: FindRoute, request_id: str
-    ) -> tuple[Upstream, Permit]:
+        self,
+        path: str,
+        body: EngineRequest,
+        caller: Caller,
+        find: FindRoute,
+        request_id: str,
+        headers: dict[str, str] | None = None,
+    ) -> Upstream:
         """Sends a request that the key may make; whoever reads the answer ends it.
 
+        What the key has left is put into ``headers`` as soon as the request is let in, before its engine is there.
         Raises TooManyRequests, and what ``EngineClient.post`` raises.
         """
         permit = await self.limiter.enter(caller)
+        if headers is not None:
+            headers.update(permit.headers)
         tally = Tally(self.meter, permit, caller)
         try:
-            upstream = await self.engines.post(path, body, caller.project_id, find, tally, request_id)
+            return await self.engines.post(path, body, caller.project_id, find, tally, request_id)
         except BaseException as error:
             tally.failed = isinstance(error, Exception)  # else the client left
             tally.end()
             raise
-        return upstream, permit

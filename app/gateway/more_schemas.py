@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
+from app.gateway.media import carried
 from app.gateway.requests import Anything, Count, EngineRequest, NoEffect, StreamOptions, Text, Token
 
 _NO_MEMORY = "Nothing is kept between requests here: send the whole conversation as input."
@@ -42,9 +43,12 @@ class ResponsesRequest(EngineRequest):
     model_config = ConfigDict(json_schema_extra={"examples": [{"model": "support", "input": "Hello!"}]})
     dropped: ClassVar[frozenset[str]] = frozenset(
         {
+            "access_programs",
             "background",
+            "background_options",
             "conversation",
             "context_management",
+            "image",
             "max_tool_calls",
             "metadata",
             "previous_response_id",
@@ -71,8 +75,11 @@ class ResponsesRequest(EngineRequest):
         b"event: error",
         b"data: [DONE]",
     )
+    template: ClassVar[Literal["unused", "sent", "impossible"]] = "impossible"
 
-    input: str | Annotated[list[dict[str, Anything]], Field(min_length=1, max_length=65536)]
+    input: Annotated[
+        str | Annotated[list[dict[str, Anything]], Field(min_length=1, max_length=65536)], AfterValidator(carried)
+    ]
     instructions: str | None = None
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is made.")
     stream_options: StreamOptions | None = None
@@ -98,6 +105,9 @@ class ResponsesRequest(EngineRequest):
     context_management: None = None
     previous_response_id: None = None
     prompt: None = None
+    access_programs: NoEffect = None
+    background_options: NoEffect = None
+    image: NoEffect = None
     max_tool_calls: NoEffect = None
     metadata: NoEffect = None
     prompt_cache_key: NoEffect = None
@@ -120,7 +130,20 @@ class MessagesRequest(EngineRequest):
             "examples": [{"model": "support", "max_tokens": 64, "messages": [{"role": "user", "content": "Hello!"}]}]
         }
     )
-    dropped: ClassVar[frozenset[str]] = frozenset({"container", "context_management", "metadata", "service_tier"})
+    dropped: ClassVar[frozenset[str]] = frozenset(
+        {
+            "cache_control",
+            "container",
+            "context_management",
+            "diagnostics",
+            "inference_geo",
+            "metadata",
+            "service_tier",
+            "speed",
+            "user_profile_id",
+            "workspace_id",
+        }
+    )
     refused: ClassVar[dict[str, str]] = EngineRequest.refused | {
         "container": "There are no containers here.",
         "mcp_servers": "Tools are run by the caller: use tools.",
@@ -128,8 +151,9 @@ class MessagesRequest(EngineRequest):
     }
     endings: ClassVar[tuple[bytes, ...]] = (b"event: message_stop", b"event: error", b"data: [DONE]")
     anthropic: ClassVar[bool] = True
+    template: ClassVar[Literal["unused", "sent", "impossible"]] = "impossible"
 
-    messages: Annotated[list[dict[str, Anything]], Field(min_length=1, max_length=65536)]
+    messages: Annotated[list[dict[str, Anything]], Field(min_length=1, max_length=65536), AfterValidator(carried)]
     max_tokens: Count
     system: str | list[dict[str, Anything]] | None = None
     stream: bool | None = Field(None, description="Send the answer as server-sent events while it is made.")
@@ -145,7 +169,13 @@ class MessagesRequest(EngineRequest):
     container: None = None
     context_management: None = None
     metadata: dict[str, Anything] | None = Field(None, description="`user_id` keeps a user on one side of a split.")
+    cache_control: NoEffect = None
+    diagnostics: NoEffect = None
+    inference_geo: NoEffect = None
     service_tier: NoEffect = None
+    speed: NoEffect = None
+    user_profile_id: NoEffect = None
+    workspace_id: NoEffect = None
 
     @property
     def sender(self) -> str | None:

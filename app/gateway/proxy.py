@@ -2,16 +2,19 @@
 
 import asyncio
 import io
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import aiohttp
 import anyio
 
 from app.aliases.traffic import Split
-from app.deployments.service import Route
+from app.deployments.manners import Manner
+from app.deployments.routes import Route, Target
 from app.errors import BadRequest, Code
 from app.gateway import refusals
 from app.gateway.requests import EngineRequest
@@ -23,14 +26,52 @@ log = logging.getLogger(__name__)
 
 FindRoute = Callable[[str, str], Route | Split]
 """``(model, project_id)`` to where it is served. Raises NotFound and Unavailable."""
-ReadsTools = Callable[[str], bool]
-"""Whether a deployment's engine can read calls of tools; by the deployment's id."""
+
+
+class KnowsManners(Protocol):
+    """How the model at the end of a route is spoken to."""
+
+    def remembered(self, route: Route) -> Manner | None:
+        """At once; None: ask ``look_up``."""
+        ...
+
+    def look_up(self, route: Route) -> Manner:
+        """In a thread: it reads the database and files."""
+        ...
+
 
 ROUTE_SECONDS = 1.0
+_MAX_ENGINES = 256
 _MAX_ROUTES = 1024
 _SMALL = 64 << 10
+_PLAIN = Manner()
 # Below uvicorn's 5 s, so that a connection is never used at the moment when the engine closes it.
 _KEEP_ALIVE = 2.0
+
+
+class Engine:
+    """Connections to one engine, and how many requests it has not answered whole yet."""
+
+    def __init__(self, socket: str) -> None:
+        self.socket = socket
+        self.outstanding = 0
+        self.turn = 0
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.UnixConnector(socket, limit=0, keepalive_timeout=_KEEP_ALIVE),
+            # No limit on the whole: a long answer takes as long as it takes, and a hanging engine is killed.
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=1 << 18,
+        )
+
+    def begin(self, turn: int) -> None:
+        """A request goes to it; among engines with as many the one whose turn is longest ago is next."""
+        self.outstanding += 1
+        self.turn = turn
+
+    def done(self) -> None:
+        """A request is over."""
+        self.outstanding -= 1
 
 
 class EngineClient:
@@ -38,14 +79,15 @@ class EngineClient:
 
     def __init__(
         self,
-        reads_tools: ReadsTools = lambda _: True,
+        manners: KnowsManners,
         clock: Callable[[], float] = time.monotonic,
         wake_seconds: float = 0.0,
     ) -> None:
-        self._reads_tools = reads_tools
+        self._manners = manners
         self._wake_seconds = wake_seconds
         self._clock = clock
-        self._sessions: dict[str, tuple[str, aiohttp.ClientSession]] = {}
+        self._engines: dict[str, Engine] = {}
+        self._turns = itertools.count(1)
         self._routes: dict[tuple[str, str], tuple[float, Route | Split]] = {}
         self._looking: dict[tuple[str, str], asyncio.Task[None]] = {}
 
@@ -53,9 +95,9 @@ class EngineClient:
         """Closes all connections."""
         for task in list(self._looking.values()):
             task.cancel()
-        sessions, self._sessions = self._sessions, {}
-        for _, session in sessions.values():
-            await session.close()
+        engines, self._engines = self._engines, {}
+        for engine in engines.values():
+            await engine.session.close()
 
     async def post(
         self, path: str, body: EngineRequest, project_id: str, find: FindRoute, tally: Tally, request_id: str
@@ -67,31 +109,54 @@ class EngineClient:
         for last in (False, True):
             unreachable: Exception | None = None
             for route in await self._candidates(body, project_id, find, request_id):
-                if body.has_tools:
-                    await self._require_tools(route, body.model)
+                manner = await self._manner(route, body)
                 tally.model = route.served_name
                 try:
-                    response = await self._send(path, body, route, request_id)
-                    if response.status == 404 and not last:
-                        # An adapter that was put away since the route was learned; asking for the way brings it back.
-                        response.close()
-                        break
-                    return await self._answered(response, path, body, project_id, route, tally)
+                    content = body.body_for(route.served_name, manner.template)
+                    response, engine = await self._ask(path, content, route, request_id)
                 except aiohttp.ClientConnectorError as error:
                     # Nothing was sent: another target of the alias may take it.
                     unreachable = error
+                    continue
                 except (aiohttp.ClientError, OSError) as error:
                     self._forget(body.model, project_id)
                     raise refusals.broken(body.model, error) from error
-            # The engine may have been started anew since the route was learned.
+                if response.status == 404 and not last:
+                    # An adapter that was put away since the route was learned; asking for the way brings it back.
+                    response.close()
+                    engine.done()
+                    break
+                return await self._answered(response, engine, path, body, project_id, route, tally)
+            # The engines may have been started anew since the route was learned.
             self._forget(body.model, project_id)
             if last:
                 raise refusals.asleep(body.model) from unreachable
         raise AssertionError("unreachable")
 
+    async def _ask(
+        self, path: str, content: bytes, route: Route, request_id: str
+    ) -> tuple[aiohttp.ClientResponse, Engine]:
+        """The engine of a route that has least to do answers; if it is gone the next one does.
+
+        Raises what came of the last one.
+        """
+        engines = [await self._engine(target) for target in route.targets]
+        engines.sort(key=lambda engine: (engine.outstanding, engine.turn))
+        for engine in engines:
+            engine.begin(next(self._turns))
+            try:
+                return await self._send(path, content, engine, request_id), engine
+            except BaseException as error:
+                engine.done()
+                # One that died before the first byte of its answer, too: nobody has seen anything of it yet.
+                if engine is engines[-1] or not isinstance(error, aiohttp.ClientError | OSError):
+                    raise
+        raise AssertionError("a route has a target")
+
     async def _answered(
         self,
         response: aiohttp.ClientResponse,
+        engine: Engine,
         path: str,
         body: EngineRequest,
         project_id: str,
@@ -99,45 +164,53 @@ class EngineClient:
         tally: Tally,
     ) -> Upstream:
         if response.status != 200:
+            engine.done()
             if response.status == 404:
                 self._forget(body.model, project_id)
-            raise await refusals.refusal(response, path, body.model)
-        return Upstream(response, body, route.served_name, tally)
+            raise await refusals.refusal(response, path, body)
+        return Upstream(response, body, route.served_name, tally, engine.done)
 
-    async def _require_tools(self, route: Route, model: str) -> None:
-        if not await anyio.to_thread.run_sync(self._reads_tools, route.deployment_id):
+    async def _manner(self, route: Route, body: EngineRequest) -> Manner:
+        """Raises BadRequest for tools that the model does not call."""
+        if not body.has_tools and route.adapter is None:
+            return _PLAIN
+        manner = self._manners.remembered(route)
+        if manner is None:
+            manner = await anyio.to_thread.run_sync(self._manners.look_up, route)
+        if body.has_tools and not manner.reads_tools:
             raise BadRequest(
-                f"{model[:128]} is not known to call tools: its chat template is of no family whose calls can be read",
+                f"{body.model[:128]} is not known to call tools: its engine reads no calls of its chat template",
                 param="tools",
                 code=Code.TOOLS_NOT_SUPPORTED,
                 hint="Leave tools out, or ask for JSON with response_format.",
             )
+        return manner
 
-    async def _send(self, path: str, body: EngineRequest, route: Route, request_id: str) -> aiohttp.ClientResponse:
-        session = await self._session(route)
+    async def _send(self, path: str, content: bytes, engine: Engine, request_id: str) -> aiohttp.ClientResponse:
         headers = {"content-type": "application/json", "accept-encoding": "identity", "x-request-id": request_id}
-        content = body.body_for(route.served_name)
         # aiohttp writes bytes in one go, which with many would block the others, and reads a file in another thread,
         # which with few takes longer than all the rest.
         data = content if len(content) <= _SMALL else io.BytesIO(content)
-        return await session.post(f"http://engine{path}", data=data, headers=headers)
+        return await engine.session.post(f"http://engine{path}", data=data, headers=headers)
 
-    async def _session(self, route: Route) -> aiohttp.ClientSession:
-        """One pool for each deployment; a new socket means a new engine, and the old pool goes."""
-        known = self._sessions.get(route.deployment_id)
-        if known and known[0] == route.socket:
-            return known[1]
-        session = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(route.socket, limit=0, keepalive_timeout=_KEEP_ALIVE),
-            # No limit on the whole: a long answer takes as long as it takes, and a hanging engine is killed.
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            read_bufsize=1 << 18,
-        )
-        self._sessions[route.deployment_id] = (route.socket, session)
+    async def _engine(self, target: Target) -> Engine:
+        """One pool for each engine; a new socket means that it was started anew, and the old pool goes."""
+        known = self._engines.get(target.id)
+        if known and known.socket == target.socket:
+            return known
+        if known is None and len(self._engines) >= _MAX_ENGINES:
+            await self._let_go()
+        engine = Engine(target.socket)
+        self._engines[target.id] = engine
         if known:
-            await known[1].close()
-        return session
+            await known.session.close()
+        return engine
+
+    async def _let_go(self) -> None:
+        """Closes the pools of engines that nobody waits for; one that is asked again gets a new pool."""
+        idle = [target for target, engine in self._engines.items() if not engine.outstanding]
+        for engine in [self._engines.pop(target) for target in idle]:
+            await engine.session.close()
 
     async def _candidates(
         self, body: EngineRequest, project_id: str, find: FindRoute, request_id: str

@@ -3,23 +3,30 @@
 import contextlib
 import json
 import logging
+import re
+from typing import Any
 
 import aiohttp
 
-from app.errors import AppError, BadGateway, BadRequest, Code, NotFound, Unavailable
+from app.errors import AppError, BadGateway, BadRequest, Code, NotFound, Unavailable, anthropics
+from app.gateway.requests import EngineRequest
 
 log = logging.getLogger(__name__)
+# vLLM's words, and those of the plain engine, which says it as vLLM does.
+_TOO_LONG = re.compile(r"maximum context length|exceeds the max_model_len")
+_INTERNAL = re.compile(r" \(parameter=\w+(?:, value=[^()]*)?\)\Z")
+_PROMPTS = ("messages", "input", "prompt")
 
 
-async def refusal(response: aiohttp.ClientResponse, path: str, model: str) -> AppError:
+async def refusal(response: aiohttp.ClientResponse, path: str, request: EngineRequest) -> AppError:
     """Any status but 200. Only what is the request's fault is said in the engine's words."""
     body = b""
     with contextlib.suppress(aiohttp.ClientError, OSError):
         body = await response.read()
-    message, status = said(body)[0], response.status
+    status, model = response.status, request.model
     response.close()
     if status in (400, 413, 415, 422):
-        return BadRequest(message)
+        return at_fault(body, request)
     # An engine without the route knows no error object either; one with it says that it does not know the model.
     if status in (405, 501) or (status == 404 and b'"error"' not in body):
         return NotFound(
@@ -36,27 +43,45 @@ async def refusal(response: aiohttp.ClientResponse, path: str, model: str) -> Ap
     return _failed("the model's engine failed on this request")
 
 
-def in_stream(event: bytes) -> AppError:
+def at_fault(body: bytes, request: EngineRequest) -> BadRequest:
+    """What an engine refuses, with the field where it is one of the request's."""
+    message, _, param = said(body)
+    message = _INTERNAL.sub("", message)
+    fields = type(request).model_fields
+    param = param if isinstance(param, str) and param in fields else None
+    if not _TOO_LONG.search(message):
+        return BadRequest(message, param=param)
+    return BadRequest(
+        message,
+        # OpenAI's code: clients look for it, and shorten the conversation.
+        param=param or next(name for name in _PROMPTS if name in fields),
+        code=Code.CONTEXT_LENGTH_EXCEEDED,
+        hint="Shorten the prompt, ask for fewer tokens, or deploy the model with a larger max_model_len.",
+    )
+
+
+def in_stream(event: bytes, request: EngineRequest) -> AppError:
     """An error event of an engine; only a 4xx is quoted."""
-    message, status = said(event[event.find(b"{") :])
-    return BadRequest(message) if 400 <= status < 500 else BadGateway("the model's engine failed on this request")
+    body = event[event.find(b"{") :]
+    if 400 <= said(body)[1] < 500:
+        return at_fault(body, request)
+    return BadGateway("the model's engine failed on this request")
 
 
 def as_event(problem: AppError, *, anthropic: bool) -> bytes:
     """An error for the clients of a stream that has begun."""
     if anthropic:
-        error = {"type": "error", "error": {"type": problem.type, "message": problem.message}}
-        return b"event: error\ndata: " + json.dumps(error).encode()
+        return b"event: error\ndata: " + json.dumps(anthropics(problem)).encode()
     return b"data: " + json.dumps(problem.as_object()).encode()
 
 
-def said(body: bytes) -> tuple[str, int]:
-    """What an engine's error object says, and its code."""
+def said(body: bytes) -> tuple[str, int, Any]:
+    """What an engine's error object says, its code, and the field that it names."""
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         error = json.loads(body)["error"]
-        code = error.get("code")
-        return str(error["message"])[:4096], code if isinstance(code, int) else 500
-    return "the engine refused the request", 500
+        code, param = error.get("code"), error.get("param")
+        return str(error["message"])[:4096], code if isinstance(code, int) else 500, param
+    return "the engine refused the request", 500, None
 
 
 def asleep(model: str) -> Unavailable:

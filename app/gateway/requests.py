@@ -4,8 +4,9 @@ import difflib
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
+from pydantic_core import to_json
 
-from app.errors import BadRequest, Code
+from app.errors import BadRequest, Code, NotFound, plainly
 
 Count = Annotated[int, Field(ge=1, le=1_048_576)]
 Token = Annotated[int, Field(ge=0)]
@@ -26,6 +27,7 @@ _REFUSED = {
     "guided_regex": "Use structured_outputs.regex.",
     "kv_transfer_params": "Leave it out.",
     "mm_processor_kwargs": "Leave it out.",
+    "moderation": "This service does not moderate: check prompt and answer yourself.",
     "priority": "Leave it out.",
     "prompt_embeds": "Send the prompt as text or token ids.",
     "request_id": "Leave it out; the answer's x-request-id tells it.",
@@ -46,6 +48,8 @@ class EngineRequest(BaseModel):
     """Known names that are not taken, and what to do instead."""
     endings: ClassVar[tuple[bytes, ...]] = (b"data: [DONE]",)
     """What the last event of a whole stream begins with."""
+    template: ClassVar[Literal["unused", "sent", "impossible"]] = "unused"
+    """What becomes of the chat template of an adapter that has one of its own."""
     anthropic: ClassVar[bool] = False
     """Errors inside a stream have Anthropic's shape, not OpenAI's."""
 
@@ -80,13 +84,25 @@ class EngineRequest(BaseModel):
         user = getattr(self, "user", None)
         return user if isinstance(user, str) and user else None
 
-    def body_for(self, served_name: str) -> bytes:
+    def body_for(self, served_name: str, template: str | None = None) -> bytes:
         """What the engine gets: the same under its own name, without what has no effect and without nulls.
 
-        Nulls inside messages stay: there they mean something.
+        Nulls inside messages stay: there they mean something. ``template`` is the chat template that the model needs
+        in place of its engine's. Raises NotFound where the engine takes none on this route.
         """
         request = self.model_copy(update={"model": served_name, **self._imposed()})
-        return request.model_dump_json(exclude_none=True, by_alias=True, exclude=set(self.dropped)).encode()
+        body = request.model_dump_json(exclude_none=True, by_alias=True, exclude=set(self.dropped)).encode()
+        if template is None or self.template == "unused":
+            return body
+        if self.template == "impossible":
+            raise NotFound(
+                f"{self.model[:128]} has its own chat template, which its engine takes at /v1/chat/completions alone",
+                param="model",
+                code=Code.ENDPOINT_NOT_SUPPORTED,
+                hint="Ask at /v1/chat/completions, or merge the adapter and deploy the result.",
+            )
+        # Not a field: no client can say it.
+        return b'{"chat_template":' + to_json(template) + b"," + body[1:]
 
     def _imposed(self) -> dict[str, Any]:
         """What the engine is told whatever the client said."""
@@ -118,4 +134,4 @@ def _bad_request(cls: type[EngineRequest], error: ValidationError) -> BadRequest
         # Below a union pydantic speaks of its first branch alone.
         return BadRequest(f"{name} has none of the forms that it may have", param=name, code=code, hint="See /docs.")
     path = f"{name}.{inner}" if inner.isdigit() else name
-    return BadRequest(f"{path}: {message[0].lower()}{message[1:]}", param=path, code=code)
+    return BadRequest(f"{path}: {plainly(message)}", param=path, code=code)

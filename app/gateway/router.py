@@ -93,7 +93,7 @@ async def responses(request: Request, caller: Server, find: FindRouteDep) -> Res
 
 @router.post("/v1/messages", summary="Send messages", **_documented(MessagesRequest, "Anthropic's Message", ("id",)))
 async def messages(request: Request, caller: Server, find: FindRouteDep) -> Response:
-    """As Anthropic's, where the model's engine has it; the key as `Authorization: Bearer`."""
+    """As Anthropic's, where the model's engine has it; the key as `x-api-key` or `Authorization: Bearer`."""
     return await _complete(request, MessagesRequest.parse(await _body(request)), caller, find)
 
 
@@ -116,16 +116,16 @@ async def _body(request: Request) -> bytes:
 
 async def _complete(request: Request, body: EngineRequest, caller: Caller, find: FindRoute) -> Response:
     desk: Desk = request.app.state.desk
-    asked = desk.ask(request.url.path, body, caller, find, request.state.request_id)
+    headers: dict[str, str] = {}
+    asked = desk.ask(request.url.path, body, caller, find, request.state.request_id, headers)
     if body.streamed:
         coming = asyncio.ensure_future(asked)
-        found = await until_gone(request.receive, within(coming, anthropic=body.anthropic))
-        return EventStream(*found) if found is not None else Response(status_code=CLIENT_CLOSED_REQUEST)
-    asked_for = await until_gone(request.receive, asked)
-    if asked_for is None:
+        events = await until_gone(request.receive, within(coming, anthropic=body.anthropic))
+        return EventStream(events, headers) if events is not None else Response(status_code=CLIENT_CLOSED_REQUEST)
+    upstream = await until_gone(request.receive, asked)
+    if upstream is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    upstream, permit = asked_for
     answer = await until_gone(request.receive, upstream.json())
     if answer is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(answer, media_type="application/json", headers=dict(permit.headers))
+    return Response(answer, media_type="application/json", headers=headers)

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
+from app.gateway.media import carried
 from app.gateway.requests import Anything, Count, EngineRequest, NoEffect, StreamOptions, Text, Token
 
 
@@ -78,8 +79,9 @@ class ChatRequest(Sampling):
         "verbosity",
         "modalities",
     }
+    template: ClassVar[Literal["unused", "sent", "impossible"]] = "sent"
 
-    messages: Annotated[list[dict[str, Anything]], Field(min_length=1, max_length=65536)]
+    messages: Annotated[list[dict[str, Anything]], Field(min_length=1, max_length=65536), AfterValidator(carried)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

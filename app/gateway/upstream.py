@@ -5,7 +5,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, Protocol, TypeVar
 
 import aiohttp
@@ -27,10 +27,18 @@ _DATA = re.compile(rb"^data: (\{.*)", re.MULTILINE)
 class Upstream:
     """An engine's answer with status 200, whose body is still to be read."""
 
-    def __init__(self, response: aiohttp.ClientResponse, body: EngineRequest, served_name: str, tally: Tally) -> None:
+    def __init__(
+        self,
+        response: aiohttp.ClientResponse,
+        body: EngineRequest,
+        served_name: str,
+        tally: Tally,
+        done: Callable[[], None] = lambda: None,
+    ) -> None:
         self._response = response
         self._body = body
         self._tally = tally
+        self._done: Callable[[], None] | None = done
         self._name: re.Pattern[bytes] | None = None
         if body.model != served_name:
             self._name = re.compile(rb'"model"(\s*:\s*)' + re.escape(json.dumps(served_name).encode()))
@@ -40,6 +48,9 @@ class Upstream:
         """Hangs up, so that the engine stops computing, and counts the request. Only the first call counts."""
         self._response.close()
         self._tally.end()
+        if self._done is not None:
+            self._done()
+            self._done = None
 
     async def json(self) -> bytes:
         """The whole answer. Raises BadGateway when it breaks off."""
@@ -83,7 +94,7 @@ class Upstream:
         """One event as the client shall see it; empty: not at all."""
         if _ERROR.match(event):
             self._tally.failed = True
-            return refusals.as_event(refusals.in_stream(event), anthropic=self._body.anthropic)
+            return refusals.as_event(refusals.in_stream(event, self._body), anthropic=self._body.anthropic)
         if _USAGE in event and (data := _DATA.search(event)):
             with contextlib.suppress(ValueError):
                 value = json.loads(data[1])

@@ -2,12 +2,11 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from app.errors import AppError, Code, Unavailable
 from app.gateway import refusals
-from app.gateway.limits import Permit
 from app.gateway.upstream import Events, Upstream
 
 Found = TypeVar("Found")
@@ -37,7 +36,7 @@ class Late:
     The status 200 is out by then, so an error can only be an event; whoever reads the stream finds it there.
     """
 
-    def __init__(self, coming: "asyncio.Future[tuple[Upstream, Permit]]", *, anthropic: bool) -> None:
+    def __init__(self, coming: "asyncio.Future[Upstream]", *, anthropic: bool) -> None:
         self._coming = coming
         self._anthropic = anthropic
 
@@ -47,7 +46,7 @@ class Late:
             yield b": the model is being woken\n\n"
             await asyncio.wait({self._coming}, timeout=QUIET_SECONDS)
         try:
-            upstream, _ = self._coming.result()
+            upstream = self._coming.result()
         except AppError as error:
             yield refusals.as_event(error, anthropic=self._anthropic) + b"\n\n"
             return
@@ -60,13 +59,13 @@ class Late:
             self._coming.cancel()
             return
         with contextlib.suppress(AppError, asyncio.CancelledError):
-            self._coming.result()[0].end()
+            self._coming.result().end()
 
 
 async def within(
-    coming: "asyncio.Future[tuple[Upstream, Permit]]", seconds: float | None = None, *, anthropic: bool = False
-) -> tuple[Events, Mapping[str, str]]:
-    """The answer and the key's headers when it begins in time, else a stream that waits for it, which has none.
+    coming: "asyncio.Future[Upstream]", seconds: float | None = None, *, anthropic: bool = False
+) -> Events:
+    """The answer when it begins in time, else a stream that waits for it.
 
     Raises what ``coming`` raises in time.
     """
@@ -76,6 +75,5 @@ async def within(
         coming.cancel()
         raise
     if not coming.done():
-        return Late(coming, anthropic=anthropic), {}
-    upstream, permit = coming.result()
-    return upstream, permit.headers
+        return Late(coming, anthropic=anthropic)
+    return coming.result()

@@ -1,7 +1,8 @@
 """Which job starts next, on which slots: T2, and where each waiting job stands in the queue."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, Subquery, and_, case, func, literal, or_, select, update
@@ -11,7 +12,7 @@ from app.fleet import repository as fleet
 from app.jobs import repository
 from app.jobs.placement import ON_A_GPU, Board, Device, Need, Spot, best_for
 from app.models import Job, Slot, Sweep, Worker, now, steady_now
-from app.states import JobState
+from app.states import WAKING, JobState
 
 NO_CAPACITY = "no_capacity"
 _PAGE = 100
@@ -25,12 +26,20 @@ WEIGHT: ColumnElement[int] = case(
 
 
 def claim(
-    session: Session, worker_id: str, slot_id: str, classes: Sequence[str], *, at: datetime | None = None
+    session: Session,
+    worker_id: str,
+    slot_id: str,
+    classes: Sequence[str],
+    *,
+    at: datetime | None = None,
+    homes: Mapping[str, str] = MappingProxyType({}),
 ) -> Job | None:
     """T2: takes the next eligible job for a slot, with as many slots of the same worker as it needs, or None.
 
     Order: jobs for which another one was asked to make room, then the project with the fewest busy slots, then
-    priority, then age. A job that needs more than is idle keeps what there is free: nobody behind it takes that.
+    priority, then engines that a request woke, then age. A job that needs more than is idle keeps what there is free:
+    nobody behind it takes that. ``homes``: slots in which engines sleep, by job; one is left to its own while that is
+    free.
     """
     at = at or steady_now()
     board = fleet.board_of(session, worker_id)
@@ -39,6 +48,9 @@ def claim(
         return None
     board, device, leaving = own
     for job_id, need in _candidates(session, board, device, classes, at):
+        home = homes.get(job_id, slot_id)
+        if home != slot_id and board.device_of(home).room(need):
+            continue
         rooms = board.place(need, device, leaving)
         if rooms:
             taken = [spot.slot_id for room in rooms for spot in room]
@@ -96,7 +108,7 @@ def _candidates(
             ),
             in_its_sweeps_share(),
         )
-        .order_by(in_front().desc(), func.coalesce(busy.c.slots, 0), Job.priority.desc(), Job.created_at, Job.id)
+        .order_by(in_front().desc(), func.coalesce(busy.c.slots, 0), *_own_order())
     )
     if device.first.reserved:
         query = query.where(Job.slot_class == "serve")
@@ -133,6 +145,16 @@ def in_front() -> ColumnElement[int]:
     """1 for a job that another one was asked to make room for: the fair share must not give the slot back."""
     asked = aliased(Job)
     return case((Job.id.in_(select(asked.preempt_for).where(asked.preempt_for.is_not(None))), 1), else_=0)
+
+
+def _own_order() -> tuple[ColumnElement[Any], ...]:
+    """Among the jobs of one project: an engine that somebody waits for goes before others of its priority."""
+    return (Job.priority.desc(), _woken().desc(), Job.created_at.asc(), Job.id.asc())
+
+
+def _woken() -> ColumnElement[int]:
+    """1 for the job of an engine that a request woke and that does not answer yet."""
+    return case((and_(Job.type == "serve", Job.phase == WAKING), 1), else_=0)
 
 
 def _take(
@@ -206,7 +228,7 @@ def ranked(at: datetime, *, with_gpus: bool) -> Select[Any]:
     busy = busy_slots()
     pool = case((Job.slot_class.in_(ON_A_GPU), literal("gpu")), else_=Job.slot_class) if with_gpus else Job.slot_class
     front = in_front()
-    own_order = (front.desc(), Job.priority.desc(), Job.created_at, Job.id)
+    own_order = (front.desc(), *_own_order())
     ahead = func.sum(WEIGHT).over(partition_by=(pool, Job.project_id), order_by=own_order, rows=(None, -1))
     waiting = (
         select(
@@ -218,6 +240,7 @@ def ranked(at: datetime, *, with_gpus: bool) -> Select[Any]:
             Job.type,
             Job.algorithm,
             Job.priority,
+            _woken().label("woken"),
             Job.created_at,
             front.label("front"),
             (func.coalesce(busy.c.slots, 0) + func.coalesce(ahead, 0)).label("share"),
@@ -227,7 +250,7 @@ def ranked(at: datetime, *, with_gpus: bool) -> Select[Any]:
         .subquery()
     )
     row = waiting.c
-    order = (row.front.desc(), row.share, row.priority.desc(), row.created_at, row.id)
+    order = (row.front.desc(), row.share, row.priority.desc(), row.woken.desc(), row.created_at, row.id)
     position = func.row_number().over(partition_by=row.pool, order_by=order).label("position")
     return select(row.id, row.pool, position, row.slot_class, row.gpus, row.min_vram_gb, row.type, row.algorithm)
 

@@ -46,6 +46,13 @@ _EVALUATE: dict[str, Any] = {
     "gate": {"wants": "better"},
 }
 
+_EVALUATE_SERVED: dict[str, Any] = {
+    **_EVALUATE,
+    "deployment": "support",
+    "generation": {"batch_size": 32},
+    "gate": {"wants": "not_worse"},
+}
+
 _EXPORT = {
     "type": "export",
     "model": "support_merged",
@@ -74,6 +81,7 @@ BODY: dict[str, Any] = {
                     "merge": {"summary": "Merge an adapter into its base", "value": _MERGE},
                     "validate": {"summary": "Check a model", "value": {"type": "validate", "model": "support_merged"}},
                     "evaluate": {"summary": "Score a model beside its base", "value": _EVALUATE},
+                    "evaluate_served": {"summary": "Score what is served, over its engine", "value": _EVALUATE_SERVED},
                     "export": {"summary": "Write a model as GGUF", "value": _EXPORT},
                     "quantize": {"summary": "Fewer bits a weight, for vLLM", "value": _QUANTIZE},
                     "push_to_hub": {"summary": "Put a model into a repository of the hub", "value": _PUSH},

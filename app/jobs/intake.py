@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from app.catalog import Catalog
 from app.documents import parse_json, parse_yaml
-from app.errors import BadRequest, Code, UnsupportedMediaType
+from app.errors import BadRequest, Code, UnsupportedMediaType, plainly
 from app.specs import NAME_PATTERN, JobSpec, Spec, TrainSpec
 
 _CODES = {
@@ -212,7 +212,7 @@ def describe(error: ValidationError, spec: type[BaseModel]) -> BadRequest:
     location = [str(step) for step in place.steps]
     code = _CODES.get(first["type"], Code.INVALID_TYPE if first["type"].endswith("_type") else Code.INVALID_VALUE)
     hint = context.get("hint")
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = plainly(first["msg"])
     if code is Code.CONFLICTING_FIELDS:
         location = [*location, context["field"]]
         message = context["reason"]

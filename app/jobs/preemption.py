@@ -41,23 +41,27 @@ def settle(session: Session, at: datetime) -> None:
     )
 
 
-def ask(session: Session, boards: Sequence[Board], ran: Mapping[str, float], after: float, at: datetime) -> list[str]:
+def ask(
+    session: Session,
+    boards: Sequence[Board],
+    ran: Mapping[str, float],
+    after: float,
+    at: datetime,
+    served: frozenset[str] = frozenset(),
+) -> list[str]:
     """Asks runs to make room; returns their ids. ``ran`` says how many seconds each attempt was seen running.
 
     A run is left alone for ``after`` seconds, and is never asked twice for the same job. Among those that may be asked
-    go the ones of lowest priority, the youngest first.
+    go the ones of lowest priority, the youngest first. Nobody is asked for the ``served``: they get a slot without.
     """
     may = [job for job in _preemptible(session) if ran.get(job.id, 0.0) >= after]
     if not may:
         return []
     before = _asked_before(session, [job.id for job in may])
     asked: list[str] = []
-    for job in _waiting(session, at):
+    for job in (job for job in waiting(session, at) if job.id not in served):
         lesser = [run for run in may if run.id not in asked and job.id not in before[run.id] and _is_lesser(run, job)]
-        coming = frozenset(
-            session.scalars(select(Job.id).where(Job.preempt_for == job.id, Job.state == JobState.RUNNING))
-        )
-        for run in _who(fleet.need_of(job), boards, lesser, coming):
+        for run in who(fleet.need_of(job), boards, lesser, coming(session, job)):
             move = Move(
                 JobState.RUNNING,
                 REQUESTED,
@@ -95,10 +99,16 @@ def _asked_before(session: Session, run_ids: Sequence[str]) -> Mapping[str, set[
     return found
 
 
-def _waiting(session: Session, at: datetime) -> Sequence[Job]:
+def waiting(session: Session, at: datetime) -> Sequence[Job]:
+    """Jobs that lack nothing but a slot, the most important first; the first twenty of them."""
     query = select(Job).where(*claims.eligible(at), Job.slot_class != "control", claims.in_its_sweeps_share())
     order = (Job.priority.desc(), Job.created_at, Job.id)
     return session.scalars(query.order_by(*order).limit(_LOOK_AT)).all()
+
+
+def coming(session: Session, job: Job) -> frozenset[str]:
+    """Who was asked to make room for the job and has not left yet."""
+    return frozenset(session.scalars(select(Job.id).where(Job.preempt_for == job.id, Job.state == JobState.RUNNING)))
 
 
 def _is_lesser(run: Job, job: Job) -> bool:
@@ -106,7 +116,7 @@ def _is_lesser(run: Job, job: Job) -> bool:
     return run.priority < job.priority or (job.type == "serve" and run.priority == job.priority)
 
 
-def _who(need: Need, boards: Sequence[Board], lesser: Sequence[Job], coming: frozenset[str]) -> list[Job]:
+def who(need: Need, boards: Sequence[Board], lesser: Sequence[Job], coming: frozenset[str]) -> list[Job]:
     """The runs of one worker whose end would make room; none when there is or soon will be room without."""
     if any(board.place(need, away=coming) for board in boards):
         return []

@@ -22,7 +22,7 @@ from app.deployments.adapters import check_free
 from app.errors import BadRequest, Code, IdempotencyKeyReused, InsufficientStorage, NotFound
 from app.files import repository as files
 from app.files.rows import CHATS
-from app.jobs import continuing, estimate, exporting, judges, kinds, merging, pushing, repository
+from app.jobs import asking, continuing, estimate, exporting, judges, kinds, merging, pushing, repository
 from app.jobs.intake import Intake, validate_spec
 from app.jobs.repository import Move
 from app.jobs.schemas import JobOut
@@ -169,9 +169,11 @@ class Submission:
         algorithm = spec.algorithm if isinstance(spec, TrainSpec) else None
         resolved = spec.model_dump(mode="json")
         waits = self._resolve(spec, resolved)
+        if spec.asks_served and resolved["deployment"] and not (waits or parents):
+            asking.check(self._session, self._settings, self._caller.project_id, resolved)
         name = spec.experiment_name or made_up_name(spec)
         resolved["experiment_name"] = name
-        own_class = "control" if isinstance(spec, DeploySpec) else self._catalog.slot_class(spec.type, algorithm)
+        own_class = "control" if isinstance(spec, DeploySpec) else self._catalog.slot_class(spec)
         prepares = self._catalog.prepares(spec.type, algorithm)
         job = Job(
             id=new_id("ftjob" if spec.type == "train" else "job"),
@@ -243,7 +245,7 @@ class Submission:
             storage = Storage(self._settings.data_dir)
             continuing.check(self._session, storage, self._caller.project_id, spec, resolved)
         if isinstance(spec, DeploySpec):
-            self._catalog.check_engine(spec.engine)
+            self._catalog.check_engine(spec)
             check_free(self._session, self._caller.project_id, spec.name)
         return waits
 

@@ -1,7 +1,7 @@
 """The rows. Every row belongs to a project; names of constraints are fixed so that migrations can find them."""
 
 from app.models.base import DEFAULT_PROJECT, ApiKey, Base, Project, new_id, now, steady_now
-from app.models.fleet import Deployment, DeploymentAdapter, Slot, Worker
+from app.models.fleet import Deployment, DeploymentAdapter, DeploymentReplica, Slot, Worker
 from app.models.jobs import Checkpoint, Job, JobDependency, JobEvent, Metric, Pipeline, PipelineStep, Sweep, SweepPoint
 from app.models.registry import Alias, AliasMove, Artifact, ArtifactTag, DeletedArtifact, File
 from app.models.usage import Usage
@@ -18,6 +18,7 @@ __all__ = [
     "DeletedArtifact",
     "Deployment",
     "DeploymentAdapter",
+    "DeploymentReplica",
     "File",
     "Job",
     "JobDependency",

@@ -35,8 +35,11 @@ class Deployment(Owned, Base):
     options: Mapped[dict[str, Any]] = mapped_column(default=dict)
     desired: Mapped[str] = mapped_column(default="running")
     status: Mapped[str] = mapped_column(default="queued")
-    replica_job_id: Mapped[str | None]
-    socket: Mapped[str | None]
+    """The best that any of its replicas does."""
+    generation: Mapped[int] = mapped_column(default=1, server_default=text("1"))
+    """Which of its replicas answer: those of this number."""
+    coming: Mapped[dict[str, Any] | None]
+    """What is to replace it: ``model``, ``artifact_id``, ``options``, ``since``; its replicas are one generation on."""
     restarts: Mapped[int] = mapped_column(default=0)
     last_error: Mapped[dict[str, Any] | None]
     ready_at: Mapped[datetime | None]
@@ -45,6 +48,32 @@ class Deployment(Owned, Base):
     """When a request last asked for it, to within some seconds."""
     parity: Mapped[dict[str, Any] | None]
     """Whether its engine says what transformers says; None until that is known."""
+
+
+class DeploymentReplica(Base):
+    """One engine of a deployment, by the job that keeps it alive."""
+
+    __tablename__ = "deployment_replica"
+    __table_args__ = (
+        CheckConstraint(
+            "status IN ('queued','starting','ready','unhealthy','sleeping','stopped','failed')", name="status"
+        ),
+    )
+    id: Mapped[str] = mapped_column(ForeignKey("job.id"), primary_key=True)
+    deployment_id: Mapped[str] = mapped_column(ForeignKey("deployment.id", ondelete="CASCADE"), index=True)
+    generation: Mapped[int] = mapped_column(default=1)
+    artifact_id: Mapped[str | None]
+    status: Mapped[str] = mapped_column(default="queued")
+    socket: Mapped[str | None]
+    loaded: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """Adapters that its engine has: their names, and the pinned reference of each."""
+    retiring: Mapped[bool] = mapped_column(default=False)
+    """It gets no more requests, finishes those that it has, and ends."""
+    restarts: Mapped[int] = mapped_column(default=0)
+    last_error: Mapped[dict[str, Any] | None]
+    parity: Mapped[dict[str, Any] | None]
+    ready_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
 
 
 class DeploymentAdapter(Owned, Base):

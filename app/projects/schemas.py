@@ -1,15 +1,29 @@
 """API keys as the API shows and takes them."""
 
-from datetime import datetime
-from typing import Annotated, Literal
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
-from app.models import ApiKey
+from app.models import ApiKey, now
 from app.specs import Spec
 
 Limit = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Scope = Literal["read", "submit", "serve", "admin"]
+
+
+def _read(value: Any) -> Any:
+    """JSON has no moments, and strict types take no text for one."""
+    return datetime.fromisoformat(value) if isinstance(value, str) else value
+
+
+def _coming(value: datetime) -> datetime:
+    if value <= now():
+        raise ValueError("it lies in the past")
+    return value.astimezone(UTC)
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_read), AfterValidator(_coming)]
 
 
 class LimitsIn(Spec):
@@ -31,7 +45,9 @@ class KeyIn(LimitsIn):
     )
     name: str = Field(min_length=1, max_length=200)
     scopes: list[Scope] = Field(["read", "submit", "serve"], min_length=1, max_length=4)
-    expires_at: datetime | None = None
+    expires_at: Moment | None = Field(
+        None, description="With an offset: 2027-01-31T12:00:00Z. From then on nothing takes the key; null = never."
+    )
 
 
 class KeyOut(BaseModel):

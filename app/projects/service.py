@@ -51,7 +51,7 @@ class KeyRing:
             raise Unauthorized(
                 "no API key was sent",
                 code=Code.MISSING_API_KEY,
-                hint="Send the header Authorization: Bearer <key>; the first key lies in DATA_DIR/api_key.",
+                hint="Send Authorization: Bearer <key>, or x-api-key: <key>; the first key lies in DATA_DIR/api_key.",
             )
         scheme, _, key = authorization.partition(" ")
         parts = key.strip().split("_", 2)

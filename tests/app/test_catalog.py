@@ -56,7 +56,8 @@ def test_a_file_in_an_operators_package_is_a_new_algorithm(package: Path, tmp_pa
     settings = Settings(data_dir=tmp_path, plugin_packages=(package.name,))
     schemas = document(settings)["components"]["schemas"]
     assert "beta" in schemas["TestedOrpoSpec"]["properties"]
-    assert "TestedOrpoSpec" in json.dumps(schemas["JobSpec"])
+    assert "TrainSpec" in json.dumps(schemas["JobSpec"])
+    assert "TestedOrpoSpec" in json.dumps(schemas["TrainSpec"])
     assert "TestedOrpoSpec" not in json.dumps(document(Settings(data_dir=tmp_path))["components"]["schemas"])
 
 
@@ -73,7 +74,8 @@ def test_a_file_dropped_into_workers_recipes_is_a_new_algorithm(tmp_path: Path) 
         assert app.main.__file__.startswith(sys.argv[1]), app.main.__file__
         schema = app.main.create_app(Settings(data_dir=Path(sys.argv[1]))).openapi()["components"]["schemas"]
         assert "torch" not in sys.modules
-        print(json.dumps(schema["JobSpec"]))
+        assert "TrainSpec" in json.dumps(schema["JobSpec"])
+        print(json.dumps(schema["TrainSpec"]))
     """)
 
     def ask() -> str:

@@ -6,22 +6,26 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from typer.testing import CliRunner, Result
 
 from app.cli import app
 from app.db import Database
-from app.main import create_app
-from app.models import DEFAULT_PROJECT, Deployment, Slot, Worker
+from app.deployments import replicas
+from app.deployments.rollout import Rollouts
+from app.models import Deployment, Slot, Worker
+from app.queue import SilentDoorbell
 from app.settings import Settings
+from app.specs import DeploymentOptions
+from app.states import DeploymentState
 from app.storage import Storage
 from tests.artifacts import publish
+from tests.deployed import add_deployment, engine_of
 from tests.support import GOOD_JSONL, make_lora_folder, make_model_folder, wait_for
 
 
@@ -31,18 +35,9 @@ def backend() -> str:
 
 
 @pytest.fixture
-def service(settings: Settings, key: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    config = uvicorn.Config(create_app(settings), port=0, log_level="error", timeout_graceful_shutdown=1, ws="none")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_for(lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    monkeypatch.setenv("TUNESMITH_URL", f"http://127.0.0.1:{port}")
+def service(api_url: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_URL", api_url)
     monkeypatch.setenv("TUNESMITH_API_KEY", key)
-    yield
-    server.should_exit = True
-    thread.join(20)
 
 
 @pytest.fixture
@@ -106,6 +101,14 @@ def test_train_from_a_config(cli: Callable[..., Result], tmp_path: Path, models:
     assert result.exit_code == 1
     assert "there is no file" in result.stderr
     assert cli("train", "--config", tmp_path / "none.yaml").exit_code == 1
+
+
+@pytest.mark.parametrize("field", ["tool_call_parser", "reasoning_parser"])
+def test_deploy_with_a_parser_that_nobody_has(cli: Callable[..., Result], models: Path, field: str) -> None:
+    for flag in (f"--{field}", f"--{field.replace('_', '-')}"):
+        result = cli("deploy", models / "tiny", flag, "plugin.py")
+        assert result.exit_code == 1
+        assert field in result.stderr
 
 
 def test_flags_override_the_config(cli: Callable[..., Result], tmp_path: Path, models: Path) -> None:
@@ -208,9 +211,7 @@ def test_models_side_by_side_and_what_that_used(
             stack.callback(process.kill)
             wait_for(path.exists)
             with database.write() as session:
-                row = Deployment(id=f"dep-{name}", project_id=DEFAULT_PROJECT, name=name, model="m", status="ready")
-                row.socket = str(path)
-                session.add(row)
+                add_deployment(session, name, socket=str(path))
         result = cli("chat", "base", "--vs", "tuned", "--prompt", "hi")
         assert result.exit_code == 0, result.output
         assert result.stdout.count("Hello there, friend.") == 2
@@ -241,3 +242,36 @@ def test_an_adapter_is_loaded_and_taken_off(
     assert cli("deployments", "load", deployment, "base").exit_code == 1
     assert "no longer served" in cli("deployments", "unload", deployment, "support").stdout
     assert cli("deployments", "unload", deployment, "support").exit_code == 1
+
+
+def test_a_deployment_is_changed(cli: Callable[..., Result], database: Database) -> None:
+    with database.write() as session:
+        row = add_deployment(session, "duo")
+        row.options = DeploymentOptions(hot_load=False).model_dump(mode="json")
+    assert "--model, --replicas or --option" in cli("deployments", "update", "dep-duo").stderr
+    assert "NAME=VALUE" in cli("deployments", "update", "dep-duo", "--option", "dtype").stderr
+    refused = cli("deployments", "update", "dep-duo", "--replicas", 40)
+    assert (refused.exit_code, "replicas" in refused.stderr) == (1, True)
+    assert "duo: 2 x m" in cli("deployments", "update", "dep-duo", "--replicas", 2).stdout
+    changed = cli("deployments", "update", "dep-duo", "--option", "max_model_len=64", "--no-wait", "--json")
+    shown = json.loads(changed.stdout)
+    assert (shown["coming"]["options"]["max_model_len"], shown["options"]["replicas"]) == (64, 2)
+
+    def fail() -> None:
+        wait_for(lambda: coming() == 32)
+        error = {"code": "x", "message": "it is broken"}
+        with database.write() as session:
+            newest = engine_of(session, "dep-duo").id
+            replicas.move(session, newest, DeploymentState.STARTING)
+            replicas.move(session, newest, DeploymentState.FAILED, last_error=error)
+        Rollouts(database, SilentDoorbell()).tick()
+
+    def coming() -> Any:
+        with database.read() as session:
+            return (session.get_one(Deployment, "dep-duo").coming or {}).get("options", {}).get("max_model_len")
+
+    worker = threading.Thread(target=fail)
+    worker.start()
+    failed = cli("deployments", "update", "dep-duo", "--option", "max_model_len=32")
+    worker.join()
+    assert (failed.exit_code, "it is broken" in failed.stderr) == (1, True), failed.output

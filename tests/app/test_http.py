@@ -71,7 +71,6 @@ SCOPES = [
     ("GET", "/files", "read"),
     ("GET", "/artifacts", "read"),
     ("GET", "/deployments", "read"),
-    ("GET", "/v1/models", "read"),
     ("POST", "/jobs", "submit"),
     ("POST", "/files", "submit"),
     ("POST", "/jobs/none/cancel", "submit"),
@@ -98,6 +97,14 @@ def test_a_key_without_the_scope(api: TestClient, make_key: Callable[..., str]) 
                 assert needed in error["message"]
 
 
+def test_who_may_chat_may_list_what_there_is_to_chat_with(api: TestClient, make_key: Callable[..., str]) -> None:
+    """OpenAI's clients ask for the models first."""
+    for scope, listed in (("read", 200), ("serve", 200), ("submit", 403)):
+        client = TestClient(api.app, headers={"authorization": f"Bearer {make_key('proj-default', scope)}"})
+        assert client.get("/v1/models").status_code == listed
+        assert client.get("/v1/models/nobody").status_code == (404 if listed == 200 else 403)
+
+
 def test_an_admin_key_may_do_everything(api: TestClient, make_key: Callable[..., str]) -> None:
     client = TestClient(api.app, headers={"authorization": f"Bearer {make_key('proj-default', 'admin')}"})
     assert all(client.request(method, path).status_code != 403 for method, path, _ in SCOPES)
@@ -110,6 +117,25 @@ def test_an_unknown_place(api: TestClient) -> None:
         error = answer.json()["error"]
         assert error["code"] == "not_found"
         assert error["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "meant"),
+    [
+        ("POST", "/chat/completions", "/v1/chat/completions"),
+        ("GET", "/models", "/v1/models"),
+        ("POST", "/v1/v1/messages", "/v1/messages"),
+        ("GET", "/nothing", None),
+        ("GET", "/v1/v1/nothing", None),
+    ],
+)
+def test_a_base_url_with_a_version_too_few_or_too_many(
+    api: TestClient, method: str, path: str, meant: str | None
+) -> None:
+    answer = api.request(method, path, json={})
+    assert answer.status_code == 404
+    hint = answer.json()["error"]["hint"]
+    assert hint.startswith(f"There is {meant}: the base URL") if meant else hint == "See /docs."
 
 
 def test_a_wrong_method_is_told_the_right_ones(api: TestClient) -> None:

@@ -68,6 +68,21 @@ def test_every_operation_tells_of_errors_in_our_shape(document: dict[str, Any]) 
     assert not {"HTTPValidationError", "ValidationError"} & set(document["components"]["schemas"])
 
 
+def test_either_way_to_send_a_key_suffices(document: dict[str, Any]) -> None:
+    schemes = document["components"]["securitySchemes"]
+    kinds = {
+        name: {key: scheme.get(key) for key in ("type", "in", "name", "scheme")} for name, scheme in schemes.items()
+    }
+    assert kinds == {
+        "HTTPBearer": {"type": "http", "in": None, "name": None, "scheme": "bearer"},
+        "APIKeyHeader": {"type": "apiKey", "in": "header", "name": "x-api-key", "scheme": None},
+    }
+    # As a list of two: one or the other. Two names in one entry would ask for both.
+    either = [{"HTTPBearer": []}, {"APIKeyHeader": []}]
+    for name, operation in operations(document):
+        assert operation.get("security") == (None if name in ("GET /healthz", "GET /readyz") else either), name
+
+
 def examples(document: dict[str, Any], media: str, content: dict[str, Any]) -> list[Any]:
     found = [example["value"] for example in content.get("examples", {}).values()]
     schema = content["schema"]
@@ -120,3 +135,15 @@ def test_other_examples_are_valid_too(document: dict[str, Any]) -> None:
 
 def test_the_document_is_the_same_each_time(document: dict[str, Any], tmp_path: Path) -> None:
     assert published(tmp_path) == document
+
+
+def test_a_discriminator_leads_to_names_alone(document: dict[str, Any]) -> None:
+    """As OpenAPI has it, else programs that make clients from the document fail."""
+    schemas = document["components"]["schemas"]
+    unions = [schema for schema in schemas.values() if "discriminator" in schema]
+    assert {"train", "merge"} <= set(schemas["JobSpec"]["discriminator"]["mapping"])
+    for union in unions:
+        named = set(union["discriminator"]["mapping"].values())
+        assert named == {one["$ref"] for one in union["oneOf"]}
+        assert {name.removeprefix("#/components/schemas/") for name in named} <= set(schemas)
+    assert "#/components/schemas/SftSpec" in schemas["TrainSpec"]["discriminator"]["mapping"].values()

@@ -2,11 +2,12 @@
 
 import ast
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from app import parsers
-from app.parsers import Parsers, for_template
+from app.parsers import Parsers, ReasoningParser, ToolParser, chosen, for_template
 from app.settings import PROJECT_ROOT
 
 # What each family's own template writes around a call.
@@ -52,8 +53,20 @@ def test_every_parser_that_is_named_is_one_of_vllms() -> None:
         pytest.skip("there is no environment with vLLM")
     tools = registered(found[0] / "tool_parsers" / "__init__.py")
     assert {family.parser for family in parsers._FAMILIES} <= tools
+    assert set(get_args(ToolParser)) == tools | {"auto", "none"}
     reasoning = {family.reasoning for family in parsers._FAMILIES if family.reasoning} | {"deepseek_r1"}
-    assert reasoning <= registered(found[0] / "reasoning" / "__init__.py")
+    names = registered(found[0] / "reasoning" / "__init__.py")
+    assert reasoning <= names
+    assert set(get_args(ReasoningParser)) == names | {"auto", "none"}
+
+
+def test_one_that_is_named_takes_the_place_of_the_familys() -> None:
+    template = WRITTEN["openai"]
+    assert chosen(template) == for_template(template) == Parsers("openai", "openai_gptoss")
+    assert chosen(template, "hermes") == Parsers("hermes", "openai_gptoss")
+    assert chosen(template, "none", "none") == Parsers()
+    assert chosen(None, "hermes", "qwen3") == Parsers("hermes", "qwen3")
+    assert chosen(None) == Parsers()
 
 
 def registered(path: Path) -> set[str]:

@@ -14,6 +14,12 @@ from app.models import Job, Slot, Worker, new_id, now
 from app.projects.repository import ensure_default
 from app.reconciler import Reconciler, reap
 from app.settings import Settings
+from tests.conftest import BACKENDS
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 class Clock:

@@ -45,6 +45,43 @@ def test_a_published_folder(source: Path, tmp_path: Path) -> None:
     assert storage.verify("art-1") == ["a.txt", "deep/b.txt"]
 
 
+def test_what_was_added_or_put_in_a_files_place_is_named(source: Path, tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "data")
+    published = storage.publish(source, "art-1", {})
+    folder = storage.artifact_dir("art-1")
+    (folder / ".DS_Store").touch()
+    (folder / "deep" / ".nfs01").touch()
+    assert storage.verify("art-1", sha256=published.sha256) == [], "no library reads those"
+    (folder / "deep" / "more.py").touch()
+    (folder / "outside").symlink_to("/etc")
+    os.rename(folder / "a.txt", tmp_path / "a.txt")
+    (folder / "a.txt").symlink_to(tmp_path / "a.txt")
+    for read in (True, False):
+        assert storage.verify("art-1", read=read) == ["a.txt", "deep/more.py", "outside"]
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"files": 1}', '{"files": {"a.txt": {}}}'])
+def test_a_manifest_that_is_not_whole(source: Path, tmp_path: Path, text: str | None) -> None:
+    storage = Storage(tmp_path / "data")
+    storage.publish(source, "art-1", {})
+    manifest = storage.artifact_dir("art-1") / "MANIFEST.json"
+    manifest.unlink() if text is None else manifest.write_text(text)
+    assert storage.verify("art-1") == ["MANIFEST.json"]
+
+
+def test_a_manifest_that_was_altered_with_its_files(source: Path, tmp_path: Path) -> None:
+    """Only its own hash, which the artifact's row has, tells."""
+    storage = Storage(tmp_path / "data")
+    published = storage.publish(source, "art-1", {})
+    folder = storage.artifact_dir("art-1")
+    about = json.loads((folder / "MANIFEST.json").read_text())
+    (folder / "a.txt").write_bytes(b"hellO")
+    about["files"]["a.txt"]["sha256"] = hashlib.sha256(b"hellO").hexdigest()
+    (folder / "MANIFEST.json").write_text(json.dumps(about))
+    assert storage.verify("art-1") == []
+    assert storage.verify("art-1", sha256=published.sha256) == ["MANIFEST.json"]
+
+
 def test_a_copy_of_an_artifact_is_published_whole(source: Path, tmp_path: Path) -> None:
     (source / "MANIFEST.json").write_text("of another artifact")
     (source / "COMPLETE.json").write_text("of a checkpoint")

@@ -1,6 +1,7 @@
 """Where vLLM is not installed: the same service serves with transformers, adapters and sleep included."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,71 @@ def test_a_run_is_talked_to_without_vllm_and_without_a_merge(
     (deployed,) = client.call("GET", "/jobs?type=deploy")["data"]
     assert succeeded(client, deployed)["result"]["adapter_of"] == "plain"
     client.call("DELETE", f"/deployments/{deployment}")
+    wait_for(lambda: not processes_of_attempts(settings.instance), 60)
+
+
+def test_engines_are_replaced_while_clients_talk_to_them(client: Client, settings: Settings) -> None:
+    """Two replicas become two of another model; as there are only two slots, one by one."""
+    from openai import OpenAI
+
+    first, second = (make_model(settings.model_roots[0] / name) for name in ("blue", "green"))
+    # What knows nothing says the last token of its prompt again and again.
+    template = second / "chat_template.jinja"
+    template.write_text(template.read_text() + "!")
+    body = {"name": "duo", "model": str(first), "replicas": 2, "parity": "off"}
+    deployment = client.call("POST", "/deployments", json=body)["id"]
+    said: list[tuple[float, str]] = []
+    failed: list[str] = []
+    over = threading.Event()
+
+    def shown() -> dict[str, Any]:
+        row: dict[str, Any] = client.call("GET", f"/deployments/{deployment}")
+        return row
+
+    def answering() -> list[str]:
+        return [one["id"] for one in shown()["replicas"] if one["status"] == "ready" and not one["retiring"]]
+
+    def talk(stream: bool) -> None:
+        with OpenAI(base_url=f"{client.url}/v1", api_key=client.key, max_retries=0) as openai:
+            while not over.is_set():
+                try:
+                    answer: Any = openai.chat.completions.create(
+                        model="duo", messages=QUESTION, max_tokens=12, temperature=0, stream=stream
+                    )
+                    text = (
+                        "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+                        if stream
+                        else answer.choices[0].message.content
+                    )
+                    said.append((time.monotonic(), text))
+                except Exception as error:  # each one counts
+                    failed.append(repr(error))
+
+    wait_for(lambda: len(answering()) == 2, 120)
+    threads = [threading.Thread(target=talk, args=(stream,)) for stream in (True, False)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_for(lambda: len(said) >= 10, 60)
+        began = time.monotonic()
+        client.call("PATCH", f"/deployments/{deployment}", json={"model": str(second)})
+        wait_for(lambda: shown()["generation"] == 2 and len(shown()["replicas"]) == len(answering()) == 2, 180)
+        replaced, so_far = time.monotonic(), len(said)
+        wait_for(lambda: len(said) >= so_far + 10, 60)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(60)
+    assert failed == []
+    texts = [text for _, text in sorted(said)]
+    assert texts[0] == greedy(first, None) != texts[-1] == greedy(second, None)
+    change = texts.index(texts[-1])
+    # Answers that were begun before the step and are finished after it.
+    assert len(set(texts[:change])) == 1
+    assert set(texts[change + len(threads) :]) == {texts[-1]}
+    print(f"\n{len(texts)} requests, none failed; replaced after {replaced - began:.1f} s")
+    client.call("DELETE", f"/deployments/{deployment}")
+    wait_for(lambda: shown()["status"] == "stopped", 60)
     wait_for(lambda: not processes_of_attempts(settings.instance), 60)
 
 

@@ -229,7 +229,8 @@ def test_kill_9_of_up_leaves_nothing(up: Up, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     up.submit(tmp_path, mode="stubborn", marker=str(marker))
     wait_for(marker.exists, 40)
-    wait_for(lambda: len(up.everybody()) == 6, 40)  # up, API, worker, broker, runner, and one that waits
+    # up, API, worker and its guard, broker, runner, and one that waits
+    wait_for(lambda: len(up.everybody()) == 7, 40)
     up.process.kill()
     up.process.wait()
     wait_for(lambda: not up.everybody(), 15)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -12,18 +13,27 @@ import httpx
 import pytest
 
 from app.client import Client
+from app.db import Database
 from app.deployments.routes import USED_SECONDS
 from app.processes import processes_of_attempts
 from app.settings import Settings
+from app.storage import Storage
+from tests.artifacts import publish
 from tests.e2e.real_service import service, succeeded
 from tests.support import wait_for
-from tests.workers.conftest import SYSTEM, conversation, make_servable_model
+from tests.workers.conftest import SYSTEM, TEMPLATE, conversation, make_servable_model
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(Settings().engine_python is None, reason="needs vLLM: make setup, or TUNESMITH_SERVE_PYTHON"),
     pytest.mark.timeout(900),
 ]
+# Qwen's way to write calls, as short as it goes.
+CALLING = (
+    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}. Call one: "
+    '<tool_call>{"name": …, "arguments": …}</tool_call><|im_end|>\n{% endif %}' + TEMPLATE
+)
+OWN = "{% for message in messages %}{{ message['content'] }} = {% endfor %}"
 QUESTIONS = [
     [{"role": "system", "content": SYSTEM}, {"role": "user", "content": str(number)}] for number in (42, 7, 135)
 ]
@@ -57,8 +67,8 @@ class Chat:
         return str(answer.choices[0].message.content)
 
 
-def computed(base: Path, adapter: Path | None, tokens: int = 12) -> list[str]:
-    """What transformers and peft answer in float32."""
+def computed(base: Path, adapter: Path | None, tokens: int = 12, template: str | None = None) -> list[str]:
+    """What transformers and peft answer in float32, by the model's own chat template or another."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,7 +80,7 @@ def computed(base: Path, adapter: Path | None, tokens: int = 12) -> list[str]:
     answers = []
     for question in QUESTIONS:
         inputs = tokenizer.apply_chat_template(
-            question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            question, add_generation_prompt=True, return_tensors="pt", return_dict=True, chat_template=template
         )
         output = model.generate(
             **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=-1
@@ -97,7 +107,8 @@ def loaded(client: Client, deployment_id: str) -> dict[str, str]:
 
 def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path) -> None:
     base = make_servable_model(settings.model_roots[0] / "base")
-    succeeded(client, client.submit({"type": "import", "path": str(base), "name": "tiny"}))
+    (base / "chat_template.jinja").write_text(CALLING)
+    imported = succeeded(client, client.submit({"type": "import", "path": str(base), "name": "tiny"}))
     began = time.monotonic()
     deployment = client.call(
         "POST", "/deployments", json={"name": "plain", "model": "tiny", "max_adapters": 2, "max_loras": 2}
@@ -149,7 +160,24 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
     print(json.dumps(parity))
     assert parity["verdict"] == "same"
 
-    # 3. A checkpoint of the run is a model as well; two are kept loaded, so the least recently used one is put away.
+    # 3. An adapter with a chat template of its own is spoken to by that one, on the same engine.
+    own = settings.model_roots[0] / "own"
+    shutil.copytree(artifacts / first["artifact_ids"][0], own)
+    (own / "MANIFEST.json").unlink(missing_ok=True)
+    (own / "chat_template.jinja").write_text(OWN)
+    database = Database(settings.database)
+    its = publish(
+        database, Storage(settings.data_dir), own, "own", "adapter", base=f"artifact:{imported['artifact_ids'][0]}"
+    )
+    database.close()
+    client.call("POST", f"/deployments/{deployment}/adapters", json={"adapter": f"artifact:{its}"})
+    wait_for(lambda: loaded(client, deployment)["own"] == "ready", 20)
+    by_own = [chat.ask("own", question) for question in QUESTIONS]
+    assert by_own == computed(base, artifacts / its, template=OWN) != expected["first"]
+    speaks(client, chat.openai)
+    client.call("DELETE", f"/deployments/{deployment}/adapters/own")
+
+    # 4. A checkpoint of the run is a model as well; two are kept loaded, so the least recently used one is put away.
     time.sleep(USED_SECONDS + 2)  # when a model was last used is noted no more often than that
     chat.ask("second", QUESTIONS[0], 1)
     asked_at = time.monotonic()
@@ -162,14 +190,14 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
     client.call("DELETE", f"/deployments/{deployment}/adapters/{step}")
     assert chat.ask("first", QUESTIONS[0]) == expected["first"][0], "it came back because it was asked for"
 
-    # 4. The routes that load are not to be had from outside.
+    # 5. The routes that load are not to be had from outside.
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
         answer = httpx.post(
             client.url + path, json={"lora_name": "x"}, headers={"authorization": f"Bearer {client.key}"}
         )
         assert answer.status_code == 404
 
-    # 5. kill -9 of each of vLLM's processes: no orphan, and everything is back.
+    # 6. kill -9 of each of vLLM's processes: no orphan, and everything is back.
     for victim in ("vllm.entrypoints.openai.api_server", "VLLM::EngineCore"):
         began = time.monotonic()
         before = engine_pids(settings)
@@ -187,6 +215,89 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
     client.call("DELETE", f"/deployments/{deployment}")
     wait_for(lambda: status(client, deployment)["status"] == "stopped", 60)
     wait_for(lambda: not engine_pids(settings), 15)
+
+
+def speaks(client: Client, openai: Any) -> None:
+    """What an engine writes by force of a grammar is right even from a model that knows nothing."""
+    city = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+    city["additionalProperties"] = False
+    # Warm, because it would write the spaces that a grammar allows for ever.
+    ask: dict[str, Any] = {"model": "plain", "messages": QUESTIONS[0], "max_tokens": 120, "temperature": 1.5, "seed": 7}
+    complete = openai.chat.completions.create
+
+    # JSON by a schema, and a word of several.
+    schema = {"type": "json_schema", "json_schema": {"name": "place", "schema": city, "strict": True}}
+    found = json.loads(complete(**ask, response_format=schema).choices[0].message.content)
+    assert list(found) == ["city"]
+    assert found["city"] in ("Rome", "Oslo")
+    words = {"structured_outputs": {"choice": ["yes", "no"]}}
+    assert complete(**ask, extra_body=words).choices[0].message.content in ("yes", "no")
+
+    # A call of a tool, whole and in pieces.
+    # Only with strict do the arguments keep to their schema.
+    weather = {"name": "weather", "description": "Of a city.", "parameters": city, "strict": True}
+    tools = [{"type": "function", "function": weather}]
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        # Where a call is required more may follow, and one that breaks off is none: then another draw.
+        call: dict[str, Any] = {**ask, "max_tokens": 160, "tools": tools, "tool_choice": choice}
+        drawn = (complete(**{**call, "seed": seed}) for seed in range(12))
+        seed, calls = next(
+            (seed, answer.choices[0].message.tool_calls)
+            for seed, answer in enumerate(drawn)
+            if answer.choices[0].message.tool_calls
+        )
+        assert {called.function.name for called in calls} == {"weather"}
+        assert all(json.loads(called.function.arguments)["city"] in ("Rome", "Oslo") for called in calls)
+        pieces: dict[int, str] = {}
+        names = []
+        for chunk in complete(**{**call, "seed": seed}, stream=True):
+            for piece in (chunk.choices[0].delta.tool_calls or ()) if chunk.choices else ():
+                names += [piece.function.name] if piece.function.name else []
+                pieces[piece.index] = pieces.get(piece.index, "") + (piece.function.arguments or "")
+        assert names == [called.function.name for called in calls]
+        whole = [json.loads(pieces[index]) for index in sorted(pieces)]
+        assert whole == [json.loads(called.function.arguments) for called in calls]
+
+    # A template that writes no calls: neither tools nor the routes that take no template.
+    headers = {"authorization": f"Bearer {client.key}"}
+    told: dict[str, Any] = {"model": "own", "messages": QUESTIONS[0], "max_tokens": 4}
+    for path, body, code in (
+        ("chat/completions", {**told, "tools": tools, "tool_choice": "required"}, "tools_not_supported"),
+        ("messages", told, "endpoint_not_supported"),
+        ("responses", {"model": "own", "input": "42"}, "endpoint_not_supported"),
+    ):
+        answer = httpx.post(f"{client.url}/v1/{path}", json=body, headers=headers, timeout=60)
+        assert answer.json()["error"]["code"] == code, answer.text
+
+    # More than the model reads: OpenAI's code for it on every route, with the field.
+    long = "42 " * 8000
+    turns = [{"role": "user", "content": long}]
+    for path, body, field in (
+        ("chat/completions", {"messages": turns}, "messages"),
+        ("completions", {"prompt": long}, "prompt"),
+        ("responses", {"input": long}, "input"),
+        ("messages", {"messages": turns, "max_tokens": 4}, "messages"),
+    ):
+        answer = httpx.post(f"{client.url}/v1/{path}", json={"model": "plain", **body}, headers=headers, timeout=60)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", field), error
+
+    # The other two kinds of chat say what this kind says.
+    plain = [{"role": "user", "content": "42"}]
+    expected = complete(model="plain", messages=plain, max_tokens=8, temperature=0).choices[0].message.content
+    response = openai.responses.create(model="plain", input="42", max_output_tokens=8, temperature=0)
+    assert (response.output_text, response.model) == (expected, "plain")
+    events = list(openai.responses.create(model="plain", input="42", max_output_tokens=8, temperature=0, stream=True))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == expected
+    assert events[-1].type in ("response.completed", "response.incomplete")
+    body = {"model": "plain", "messages": plain, "max_tokens": 8, "temperature": 0}
+    keyed = {"x-api-key": client.key, "anthropic-version": "2023-06-01"}
+    message = httpx.post(f"{client.url}/v1/messages", json=body, headers=keyed, timeout=60).json()
+    assert ("".join(part["text"] for part in message["content"]), message["model"]) == (expected, "plain"), message
+    stream = httpx.post(f"{client.url}/v1/messages", json={**body, "stream": True}, headers=keyed, timeout=60).text
+    told_of = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: {")]
+    deltas = [event["delta"].get("text", "") for event in told_of if event["type"] == "content_block_delta"]
+    assert ("".join(deltas), told_of[-1]["type"]) == (expected, "message_stop"), stream
 
 
 def told(client: Client, deployment: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from app import processes
-from app.catalog import EngineLaunch
+from app.engines import EngineLaunch
 from app.settings import Settings
 from app.specs import DeploymentOptions
 from tests.workers.conftest import make_servable_model
@@ -127,10 +128,61 @@ def test_it_computes_what_transformers_computes_and_stops(served: Served, model:
         assert answer["choices"][0]["token_ids"] == expected.tolist()
         chat = served.post("/v1/chat/completions", messages=[{"role": "user", "content": prompt}], **greedy)
         assert chat["usage"]["completion_tokens"] == 16
+    fetches_nothing(served)
     served.replica.terminate()
     assert served.replica.wait(40) == 0
     served.assert_gone()
     assert served.status() == "stopped"
+
+
+def fetches_nothing(served: Served) -> None:
+    """Case 82. Of a request that did not come by the gateway, which refuses addresses; this model has no eyes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        here = f"http://127.0.0.1:{listener.getsockname()[1]}/cat.png"
+        for url in (here, "http://169.254.169.254/latest/meta-data/", "file:///etc/passwd"):
+            parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": url}}]
+            answer = served.post("/v1/chat/completions", messages=[{"role": "user", "content": parts}], max_tokens=1)
+            assert answer["error"]["code"] in (400, 422), answer
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+# What a model with eyes would have its images fetched by, as our command line sets it up.
+FETCH = """
+import sys
+from vllm.multimodal.media import MediaConnector
+connector = MediaConnector(allowed_media_domains=[sys.argv[1]])
+for url in sys.argv[2:]:
+    try:
+        connector.fetch_image(url)
+    except Exception as error:
+        print(error)
+    else:
+        sys.exit(f"{url} was fetched")
+"""
+
+
+def test_an_engine_with_eyes_fetches_nothing_either(model: Path) -> None:
+    launch = EngineLaunch(Path("python"), model, "m", Path("s"), DeploymentOptions(), has_gpu=False, dtype="float32")
+    (option,) = [word for word in engine.argv(launch) if word.startswith("--allowed-media-domains=")]
+    assert not any(word.startswith("--allowed-local-media-path") for word in engine.argv(launch))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        urls = [
+            f"http://{host}:{port}/cat.png"
+            for host in ("127.0.0.1", "localhost", "2130706433", "media.invalid@127.0.0.1")
+        ]
+        command = [str(PYTHON), "-I", "-c", FETCH, option.partition("=")[2], *urls, "file:///etc/passwd"]
+        done = subprocess.run(
+            command, env={**os.environ, **engine.env(launch)}, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("must be from one of the allowed domains") == len(urls)
+        assert "Cannot load local files" in done.stdout
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 def test_kill_9_of_the_replica_takes_all_of_vllm_with_it(served: Served) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,17 @@ from tests.faults.timeline import MEASURED, Timeline
 from tests.faults.valkey import Valkey
 from tests.support import wait_for
 from tests.workers.supervision.conftest import house, start  # noqa: F401  # attempts without a worker process
+
+
+def freeze(settings: Settings, *pids: int) -> None:
+    """SIGSTOP, to none of them with the database in its hands: of SQLite that would stop everybody."""
+    with contextlib.ExitStack() as stack:
+        if settings.database.startswith("sqlite"):
+            path = settings.database.removeprefix("sqlite:///")
+            other = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=30)))
+            other.execute("BEGIN EXCLUSIVE")
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
 
 
 class WorkerProcess:

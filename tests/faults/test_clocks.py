@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from app.reconciler import Reconciler
 from app.settings import Settings
 from app.states import JobState
 from tests.faults.clock import SetClock
+from tests.faults.conftest import freeze
 from tests.faults.service import ApiProcess
 from tests.faults.submitter import Submitter
 from tests.faults.timeline import Timeline
@@ -122,10 +122,7 @@ def test_a_watcher_that_was_asleep(
     running = [submitter.post(until=str(tmp_path / "go")) for _ in range(3)]
     wait_for(lambda: all(submitter.started(job_id) for job_id in running), 60)
     time.sleep(1.5)  # the reaper has seen them
-    with contextlib.closing(sqlite3.connect(settings.data_dir / "tunesmith.db", timeout=30)) as other:
-        other.execute("BEGIN EXCLUSIVE")  # or one of them sleeps with the database in its hands
-        for pid in (worker.pid, service.pid):
-            os.kill(pid, signal.SIGSTOP)
+    freeze(settings, worker.pid, service.pid)
     time.sleep(lease + 1)
     os.kill(service.pid, signal.SIGCONT)
     time.sleep(1.5)

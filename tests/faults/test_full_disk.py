@@ -73,6 +73,10 @@ def fill_beside_ballast(folder: Path) -> Path:
     return filler
 
 
+def _steps(api: TestClient, job_id: str) -> list[int]:
+    return [checkpoint["step"] for checkpoint in api.get(f"/jobs/{job_id}/checkpoints").json()["data"]]
+
+
 @pytest.fixture
 def submit(api: TestClient, tmp_path: Path) -> Callable[..., tuple[str, Path]]:
     """A job of the writer, once it waits for its go; and the file that is its go."""
@@ -82,7 +86,10 @@ def submit(api: TestClient, tmp_path: Path) -> Callable[..., tuple[str, Path]]:
         answer = api.post("/jobs", json={"type": "writer", "where": where, "go": str(go), **fields})
         assert answer.status_code == 201, answer.text
         wait_for(Path(f"{go}.ready").exists, 40)
-        return str(answer.json()["id"]), go
+        job_id = str(answer.json()["id"])
+        # What its worker has not written down when the disk is full is only found when the run goes on.
+        wait_for(lambda: _steps(api, job_id) == [2, 1])
+        return job_id, go
 
     return submit
 

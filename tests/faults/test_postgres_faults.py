@@ -111,27 +111,36 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("backend", ["postgres"])
+@pytest.mark.parametrize("connected", [True, False], ids=["connected", "new"])
 @pytest.mark.parametrize("seconds", [2 * LEASE, pytest.param(20.0, marks=pytest.mark.long)])
 def test_a_server_that_pauses(
     worker: Any,
     submitter: Submitter,
+    api: TestClient,
     until: Until,
     other: psycopg.Connection[Any],
     tmp_path: Path,
     timeline: Timeline,
     seconds: float,
+    connected: bool,
 ) -> None:
-    """Case 43. For longer than a lease: the run goes on, nobody reaps it afterwards, a POST waits and is stored."""
+    """Case 43. For longer than a lease: the run goes on, nobody reaps it afterwards, a POST waits and is stored.
+
+    Over a connection that is open, or over one that is still to be made.
+    """
     worker.start(TUNESMITH_SLOTS="train:1")
     job_id = submitter.post(until=str(tmp_path / "go"))
     wait_for(lambda: submitter.started(job_id), 40)
     answers: list[str] = []
+    how = "over an open connection" if connected else "over a new connection"
     posting = threading.Thread(target=lambda: answers.append(submitter.post()))
     with stopped(other.info.backend_pid):
+        if not connected:
+            api.app.state.rooms.database.engine.dispose()
         posting.start()
         time.sleep(seconds)
         assert worker.process.poll() is None
-    with timeline.within("P1", f"POST in a pause of the server → 201 ({seconds:g} s of pause left out)", 10):
+    with timeline.within("P1", f"POST {how} in a pause of the server → 201 ({seconds:g} s of pause left out)", 10):
         posting.join(30)
     assert len(answers) == 1
     time.sleep(LEASE + 1)

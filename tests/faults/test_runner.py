@@ -19,6 +19,7 @@ from app.jobs import controls
 from app.models import Artifact, Checkpoint, Job, JobEvent
 from app.processes import processes_with_token
 from app.settings import Settings
+from tests.faults.conftest import freeze
 from tests.faults.timeline import Timeline
 from tests.support import on_sqlite, wait_for
 from tests.workers.supervision.conftest import Attempt, claim
@@ -133,7 +134,7 @@ def test_a_frozen_worker_loses_its_runner(
     job_id = api.post("/jobs", json=body).json()["id"]
     pid = int(wait_for(lambda: marker.exists() and marker.read_text(), 40))
     wait_for(lambda: until(job_id, "running").ckpt_step > 0)
-    os.kill(worker.pid, signal.SIGSTOP)
+    freeze(settings, worker.pid)
     begun = time.monotonic()
     frozen = until(job_id, "running")
     wait_for(lambda: not alive(pid), 2 * lease + 5)

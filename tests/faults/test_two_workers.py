@@ -14,7 +14,7 @@ from app.db import Database
 from app.models import Artifact, Job, Worker
 from app.settings import Settings
 from app.storage import Storage
-from tests.faults.conftest import WorkerProcess
+from tests.faults.conftest import WorkerProcess, freeze
 from tests.faults.submitter import Submitter
 from tests.faults.timeline import Timeline
 from tests.support import on_sqlite, wait_for
@@ -37,6 +37,7 @@ def test_a_worker_that_was_frozen_while_another_ended_its_job(
     api: TestClient,
     until: Callable[..., Job],
     database: Database,
+    settings: Settings,
     storage: Storage,
     tmp_path: Path,
     timeline: Timeline,
@@ -47,7 +48,7 @@ def test_a_worker_that_was_frozen_while_another_ended_its_job(
     worker.start(TUNESMITH_SLOTS="train:1")
     job_id = submitter.post(until=str(go))
     wait_for(lambda: submitter.started(job_id), 40)
-    os.kill(worker.pid, signal.SIGSTOP)
+    freeze(settings, worker.pid)
     result = storage.attempt_dir(job_id, 1) / "result.json"
     go.touch()
     wait_for(result.exists)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 
@@ -16,6 +17,7 @@ from app.models import Job
 from app.processes import processes_with_token
 from app.queue import Doorbell
 from app.settings import Settings
+from tests.faults.timeline import Timeline
 from tests.support import wait_for
 
 pytestmark = pytest.mark.fault
@@ -78,6 +80,60 @@ def test_a_killed_worker(worker: Any, submit: Any, until: Until, settings: Setti
     assert (job.attempt, job.fence) == (2, 3)  # the take-over raised the fence too
 
 
+@pytest.mark.parametrize("backend", ["sqlite"])
+@pytest.mark.parametrize("mode", ["daemon_once", "forks"])
+def test_a_killed_worker_takes_along_what_a_run_forked(
+    worker: Any, api: TestClient, until: Until, settings: Settings, tmp_path: Path, mode: str, timeline: Timeline
+) -> None:
+    """Case 2, 13. No next worker is needed for that; the next one finds the slot free and runs the job."""
+    marker = tmp_path / "marker"
+    worker.start()
+    body = {"type": "unruly", "mode": mode, "marker": str(marker), "amount": 5}
+    job_id = api.post("/jobs", json=body).json()["id"]
+    token = f"{settings.instance}:{job_id}:1:light-0"
+    wait_for(lambda: marker.exists() and len(processes_with_token(token)) >= 2, 40)
+    family = processes_with_token(token)
+    if mode == "forks":
+        os.kill(int(marker.read_text()), signal.SIGSTOP)  # as one that is too busy to look at its life pipe
+    worker.kill()
+    with timeline.within("P13", "worker killed → what its run forked is gone", 15):
+        wait_for(lambda: not any(alive(pid) for pid in family), 15)
+    assert processes_with_token(token) == []
+    assert until(job_id, "running").fence == 1, "nobody has taken the job over yet"
+    if mode == "daemon_once":
+        worker.start()
+        assert until(job_id, "succeeded").attempt == 2
+
+
+@pytest.mark.parametrize("backend", ["sqlite"])
+def test_a_guard_leaves_the_attempts_of_the_next_worker_alone(
+    worker: Any, api: TestClient, until: Until, settings: Settings, tmp_path: Path
+) -> None:
+    """A guard that was too busy to act before another worker had the slot does nothing."""
+    marker = tmp_path / "marker"
+    worker.start()
+    body = {"type": "unruly", "mode": "daemon_once", "marker": str(marker)}
+    job_id = api.post("/jobs", json=body).json()["id"]
+    stray = runner_of(marker)
+    (guard,) = guards_of(worker.pid)
+    os.kill(guard, signal.SIGSTOP)
+    worker.kill()
+    worker.start()
+    until(job_id, "succeeded")
+    assert not alive(stray), "the next worker saw to it"
+    marker = tmp_path / "marker-saves"
+    api.post("/jobs", json={"type": "sleepy", "mode": "saves_itself", "marker": str(marker)})
+    pid = runner_of(marker)
+    os.kill(guard, signal.SIGCONT)
+    wait_for(lambda: not alive(guard))
+    assert alive(pid)
+    assert worker.stop() == 0
+
+
+def guards_of(worker: int) -> list[int]:
+    return [child.pid for child in psutil.Process(worker).children() if "workers.guard" in child.cmdline()]
+
+
 def test_a_frozen_worker_loses_its_job_and_cannot_spoil_it(
     worker: Any, submit: Any, until: Until, settings: Settings, database: Any, tmp_path: Path
 ) -> None:
@@ -85,11 +141,12 @@ def test_a_frozen_worker_loses_its_job_and_cannot_spoil_it(
     from app.discovery import discover  # noqa: PLC0415
     from app.queue import SilentDoorbell  # noqa: PLC0415
     from app.reconciler import Reconciler  # noqa: PLC0415
+    from tests.faults.conftest import freeze  # noqa: PLC0415
 
     worker.start()
     job_id, marker = submit("once")
     pid = runner_of(marker)
-    os.kill(worker.pid, signal.SIGSTOP)
+    freeze(settings, worker.pid)
     reconciler = Reconciler(settings, database, discover(settings.packages), SilentDoorbell())
     reconciler.start()
     try:

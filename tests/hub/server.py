@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _bytes(self, data: bytes, headers: dict[str, str]) -> None:
         """A file, or the rest of it."""
-        asked = self.headers.get("Range")
+        asked = self.headers.get("Range") if self.server.knows_ranges else None
         start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
         self.send_response(206 if asked else 200)
         if asked:
@@ -301,6 +301,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class HubServer(ThreadingHTTPServer):
     daemon_threads = True
+    knows_ranges = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

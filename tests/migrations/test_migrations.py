@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
@@ -12,6 +13,7 @@ from app import schema
 from app.db import Database, make_engine
 from app.models import Base
 from app.settings import Settings
+from tests.conftest import BACKENDS
 
 CHECKS = {
     "job": {
@@ -24,7 +26,13 @@ CHECKS = {
     "artifact": {"ck_artifact_kind"},
     "deployment": {"ck_deployment_desired", "ck_deployment_status"},
     "deployment_adapter": {"ck_deployment_adapter_status"},
+    "deployment_replica": {"ck_deployment_replica_status"},
 }
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
@@ -189,3 +197,44 @@ def test_two_live_deployments_of_one_name_cannot_be(run: Callable[..., None]) ->
         run(insert, id="d3", status="queued")
     run("UPDATE deployment SET status = 'failed' WHERE id = 'd1'")
     run(insert, id="d3", status="queued")
+
+
+def test_a_deployment_that_serves_keeps_its_engine(bare: Settings, engine: Engine) -> None:
+    config = schema.alembic_config(bare.database)
+    command.upgrade(config, "0007")
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO project (id, name, created_at) VALUES ('p', 'p', '2026-01-01')"))
+        jobs = inspect(engine).get_columns("job")
+        kinds = {column["name"]: column for column in jobs if not column["nullable"] and column["default"] is None}
+        values = {name: _any(name, column["type"]) for name, column in kinds.items()} | {"id": "j", "project_id": "p"}
+        names = ", ".join(f'"{name}"' for name in values)
+        marks = ", ".join(f":{name}" for name in values)
+        connection.execute(text(f"INSERT INTO job ({names}) VALUES ({marks})"), values)
+        connection.execute(
+            text(
+                "INSERT INTO deployment (id, name, model, options, desired, status, replica_job_id, socket, restarts,"
+                " project_id, created_at) VALUES"
+                " ('d', 'd', 'm', '{}', 'running', 'ready', 'j', '/s', 2, 'p', '2026-01-01')"
+            )
+        )
+    query = text("SELECT id, deployment_id, generation, status, socket, loaded, restarts FROM deployment_replica")
+    for _ in range(2):
+        command.upgrade(config, "0008")
+        with engine.connect() as connection:
+            (row,) = connection.execute(query).all()
+        assert (row[:5], row[6]) == (("j", "d", 1, "ready", "/s"), 2)
+        assert row[5] in ("{}", {})
+        command.downgrade(config, "0007")
+        with engine.connect() as connection:
+            assert connection.execute(text("SELECT replica_job_id, socket FROM deployment")).one() == ("j", "/s")
+
+
+def _any(name: str, kind: Any) -> Any:
+    """A value that the column takes."""
+    if name == "state":
+        return "queued"
+    if name.endswith("_at"):
+        return "2026-01-01"
+    if name in ("spec", "resolved_spec", "metadata"):
+        return "{}"
+    return {int: 0, float: 0.0, bool: False}.get(kind.python_type, "x")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from app.catalog import Engine, EngineLaunch
+from app.engines import Engine, EngineLaunch
 
 FAKE = Path(__file__).parent.parent / "workers" / "fake_engine.py"
 
@@ -20,4 +20,6 @@ def env(launch: EngineLaunch) -> dict[str, str]:
     return {}
 
 
-engine = Engine("pretend", argv, env, hot_load=True, own_python=True, busy=("vllm:num_requests_running",))
+engine = Engine(
+    "pretend", argv, env, hot_load=True, sleep_mode=True, own_python=True, busy=("vllm:num_requests_running",)
+)

@@ -24,6 +24,7 @@ Mode = Literal[
     "cuda_oom",
     "cpu_oom",
     "fork_bomb",
+    "forks",
     "leaks_files",
     "keeps_saving",
 ]
@@ -36,7 +37,7 @@ class UnrulySpec(JobSpec):
 
     type: Literal["unruly"] = "unruly"
     mode: Mode
-    amount: int = Field(100, ge=1, le=4096, description="Megabytes; of mode leaks_files open files.")
+    amount: int = Field(100, ge=1, le=4096, description="Megabytes; files of mode leaks_files, children of mode forks.")
     marker: str = Field(description="A file that it makes once it is under way.")
 
 
@@ -153,6 +154,14 @@ def _fork_bomb(spec: UnrulySpec, ctx: RunContext) -> None:
     time.sleep(600)
 
 
+def _forks(spec: UnrulySpec, ctx: RunContext) -> None:
+    """``amount`` children in our own group, as data loaders are, and none of them ends by itself."""
+    for _ in range(spec.amount):
+        if os.fork() == 0:
+            break
+    time.sleep(600)
+
+
 def _leaks_files(spec: UnrulySpec, ctx: RunContext) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (spec.amount, spec.amount))
     held = [open(os.devnull) for _ in itertools.count()]  # noqa: SIM115
@@ -170,6 +179,7 @@ _MODES: dict[str, Callable[[UnrulySpec, RunContext], None]] = {
     "cuda_oom": _cuda_oom,
     "cpu_oom": _cpu_oom,
     "fork_bomb": _fork_bomb,
+    "forks": _forks,
     "leaks_files": _leaks_files,
 }
 operation = Operation(UnrulySpec, run)

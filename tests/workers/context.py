@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from app.catalog import ArtifactKind, Catalog, HealthStatus
+from app.catalog import ArtifactKind, Catalog, HealthStatus, Served
 
 
 class RecordingContext:
@@ -26,6 +26,7 @@ class RecordingContext:
         self.task_folder: Path | None = None
         self.resume_from: Path | None = None
         self.live_socket: Path | None = None
+        self.ways: dict[str, Served] = {}
         self.interpreters: dict[str, Path] = {}
         self.stop_after: int | None = None
         self.events: list[dict[str, Any]] = []
@@ -57,6 +58,9 @@ class RecordingContext:
 
     def interpreter(self, name: str) -> Path:
         return self.interpreters[name]
+
+    def served(self, field: Literal["model", "baseline"]) -> Served | str:
+        return self.ways[field]
 
     def phase(self, name: str) -> None:
         self.phases.append(name)

@@ -6,12 +6,16 @@ hangs (every completion after the first, and then /health too), busy (completion
 stubborn (ignores SIGTERM), flaky (completions 500 while the file ``<socket>.sick`` exists),
 dies_mid_stream (closes a stream after two chunks), bad_request, slow_stream (a chunk every 50 ms, for ever),
 dies (at the 10th completion),
+insomniac (refuses to sleep), clings (sleeps, and frees no memory), sleepy_head (sleeps, and does not wake),
 moody (as ok, but the word in the prompt picks one of the last three modes).
 
 ``--also``: it has /v1/embeddings, /v1/responses and /v1/messages too.
 It loads LoRA adapters as vLLM does: a folder with a file ``refuse`` is refused, one with a file ``idle`` changes no
 answer, and a name that is neither served nor loaded is 404. ``GET /metrics`` tells what runs, as vLLM's does; it is
 ``<socket>.running`` requests if that file exists.
+
+It sleeps as vLLM does: ``POST /sleep``, ``POST /wake_up``, ``GET /is_sleeping``; what is asked meanwhile waits.
+While it sleeps, the file ``<socket>.asleep`` exists: its GPU's memory is free.
 
 ``--log`` gets one JSON line per request, and a line ``{"aborted": path}`` when a client went away in a stream.
 """
@@ -47,6 +51,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.adapters: dict[str, Path] = {}
+        self.awake = threading.Event()
+        self.awake.set()
 
     def note(self, **line: Any) -> None:
         """Appends to the log."""
@@ -73,6 +79,8 @@ class Handler(BaseHTTPRequestHandler):
             self._json(503 if self.server.mode == "never_ready" else 200, {})
         elif self.path == "/v1/models":
             self._json(200, {"object": "list", "data": [{"id": self.server.served, "object": "model"}]})
+        elif self.path == "/is_sleeping":
+            self._json(200, {"is_sleeping": not self.server.awake.is_set()})
         elif self.path == "/metrics":
             counted = Path(self.server.path + ".running")
             running = counted.read_text() if counted.exists() else "0"
@@ -89,10 +97,13 @@ class Handler(BaseHTTPRequestHandler):
             return self._other(body)
         if self.path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
             return self._adapters(body)
+        if self.path.startswith("/sleep?") or self.path == "/wake_up":
+            return self._sleeps()
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
             return self._json(404, {"detail": "Not Found"})
         if body.get("model") not in (self.server.served, *self.server.adapters):
             return self._error(404, f"The model `{body.get('model')}` does not exist.")
+        self.server.awake.wait()
         mode = self._mode(body)
         self.server.completions += 1
         if mode == "dies" and self.server.completions >= 10:
@@ -109,6 +120,19 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("stream"):
             return self._stream(body, mode)
         return self._json(200, self._answer(body))
+
+    def _sleeps(self) -> None:
+        sleeps, mode, file = self.path != "/wake_up", self.server.mode, Path(self.server.path + ".asleep")
+        if (sleeps and mode == "insomniac") or (not sleeps and mode == "sleepy_head"):
+            return self._error(500, "not now")
+        if not sleeps:
+            file.unlink(missing_ok=True)
+            self.server.awake.set()
+            return self._json(200, {"status": "awake"})
+        self.server.awake.clear()
+        if mode != "clings":
+            file.touch()
+        return self._json(200, {"status": "sleeping", "level": 1})
 
     def _adapters(self, body: dict[str, Any]) -> None:
         name, loaded = body["lora_name"], self.server.adapters

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from app.catalog import Catalog
+from app.catalog import Catalog, Interrupted, Served
 from app.discovery import discover
-from app.errors import RunError
+from app.errors import Code, RunError
 from tests.workers.conftest import conversation, make_model
 from tests.workers.context import RecordingContext
+from tests.workers.plain_engine import serving
 from workers.recipes import sft
 
 STRING = {"type": "string_check", "name": "exact", "reference": "{{item.expected}}"}
@@ -62,11 +63,22 @@ def body(**changes: Any) -> dict[str, Any]:
     }
 
 
-def evaluate(root: Path, catalog: Catalog, inputs: dict[str, Path], **changes: Any) -> RecordingContext:
+def evaluate(
+    root: Path,
+    catalog: Catalog,
+    inputs: dict[str, Path],
+    ways: dict[str, Served] | None = None,
+    stop_after: int | None = None,
+    kept: Path | None = None,
+    **changes: Any,
+) -> RecordingContext:
     operation = catalog.operations["evaluate"]
     spec = operation.spec.model_validate(body(**changes))
     info = {field: {"name": path.name} for field, path in inputs.items()}
     ctx = RecordingContext(root, inputs, info, catalog)
+    ctx.ways, ctx.stop_after = ways or {}, stop_after
+    if kept is not None:
+        ctx.kept_dir = kept
     operation.run(spec, ctx)
     return ctx
 
@@ -179,3 +191,63 @@ def test_what_is_refused_before_a_model_is_loaded(
     assert refused({"model": adapter, "model.base": other, "dataset.file": asked}).code == "base_mismatch"
     with pytest.raises(RunError, match="item.expected is missing"):
         evaluate(tmp_path / "columns", catalog, {"model": tiny, "dataset.file": numbers})
+
+
+def test_a_model_that_is_served_answers_as_when_it_is_loaded(
+    tmp_path: Path, catalog: Catalog, adapter: Path, tiny: Path, asked: Path
+) -> None:
+    """An adapter on its base's engine, and a whole model with a baseline of its own; nothing is loaded here."""
+    gate = {"wants": "better", "on": "near"}
+    inputs = on_adapter(adapter, tiny, asked)
+    loaded = evaluate(tmp_path / "loaded", catalog, inputs, canary=True, gate=gate)
+    both = {"model": tiny, "baseline": adapter, "baseline.base": tiny, "dataset.file": asked}
+    with serving(tiny, {"words": adapter}) as socket:
+        words, plain = Served((socket,), "words"), Served((socket,), "plain")
+        more = {"canary": True, "gate": gate, "deployment": "words"}
+        served = evaluate(tmp_path / "served", catalog, inputs, {"model": words, "baseline": plain}, **more)
+        ways = {"model": plain, "baseline": words}
+        back = evaluate(tmp_path / "back", catalog, both, ways, baseline="b", deployment="plain")
+        alone = evaluate(tmp_path / "alone", catalog, {"model": tiny, "dataset.file": asked}, ways, deployment="plain")
+        long = {"max_new_tokens": 8192, "batch_size": 2}
+        with pytest.raises(RunError, match="maximum context length") as caught:
+            evaluate(tmp_path / "long", catalog, inputs, ways, deployment="words", generation=long)
+    assert (caught.value.code, caught.value.param) == (Code.BAD_SPEC, "deployment")
+    rows = [(ctx.folder / "answers.jsonl").read_text() for ctx in (loaded, served)]
+    assert rows[0] == rows[1]
+    report = served.results["report"]
+    assert report.pop("served_as") == {"model": "words", "baseline": "plain"}
+    assert report == loaded.results["report"]
+    assert report["gate"]["passed"] is True
+    assert "device" not in served.results
+    assert back.results["report"]["scores"]["near"]["change"] == pytest.approx(-report["scores"]["near"]["change"])
+    assert alone.results["report"]["scores"]["near"]["verdict"] == "not_compared"
+
+
+def test_a_model_that_answers_as_its_baseline_does_is_not_worse(
+    tmp_path: Path, catalog: Catalog, tiny: Path, asked: Path
+) -> None:
+    inputs = {"model": tiny, "baseline": tiny, "dataset.file": asked}
+    more: dict[str, Any] = {"baseline": "b", "gate": {"wants": "not_worse", "on": "near"}}
+    report = evaluate(tmp_path / "same", catalog, inputs, **more).results["report"]
+    assert (report["scores"]["near"]["change"], report["gate"]["passed"]) == (0.0, True)
+    with pytest.raises(RunError, match="near is not better"):
+        evaluate(tmp_path / "better", catalog, inputs, **more | {"gate": {"wants": "better", "on": "near"}})
+
+
+def test_an_attempt_that_goes_on_makes_only_the_answers_that_are_left(
+    tmp_path: Path, catalog: Catalog, adapter: Path, tiny: Path, asked: Path
+) -> None:
+    """Drawn ones, too: 4 batches and the general questions in 4, of both sides, in three attempts."""
+    inputs = on_adapter(adapter, tiny, asked)
+    more: dict[str, Any] = {"generation": {"max_new_tokens": 12, "batch_size": 6, "temperature": 1.0}, "canary": True}
+    whole = evaluate(tmp_path / "whole", catalog, inputs, **more)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name in ("first", "second"):
+        with pytest.raises(Interrupted):
+            evaluate(tmp_path / name, catalog, inputs, stop_after=6, kept=kept, **more)
+    last = evaluate(tmp_path / "last", catalog, inputs, kept=kept, **more)
+    assert [len(ctx.steps) for ctx in (whole, last)] == [16, 4]
+    assert (last.folder / "answers.jsonl").read_text() == (whole.folder / "answers.jsonl").read_text()
+    assert last.results["report"] == whole.results["report"]
+    assert last.codes().count("answers_kept") == 3

@@ -1,8 +1,6 @@
 """A model of the hub is staged by the real client from a stand-in: once, whole, at one commit, or with a reason."""
 
 import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -186,17 +184,6 @@ def test_a_later_attempt_fetches_only_what_is_missing(hub: HubServer, commit: st
     assert hub.store.asked("GET", "/cdn/") == [f"/cdn/{blob}"]
     (event,) = [line for line in told(tmp_path / "a2", "event") if line["code"] == "model_downloading"]
     assert event["data"]["files"] == [SECOND]
-
-
-def test_parts_of_downloads_that_were_killed_are_taken_away(hub: HubServer, commit: str, tmp_path: Path) -> None:
-    blobs = tmp_path / "hf" / "hub" / "models--acme--base" / "blobs"
-    blobs.mkdir(parents=True)
-    old, young = blobs / "x.12345678.incomplete", blobs / "y.12345678.incomplete"
-    for path, age in ((old, 4000), (young, 0)):
-        path.write_bytes(b"part")
-        os.utime(path, (time.time() - age,) * 2)
-    context(tmp_path / "a1").input(FIELD)
-    assert (old.exists(), young.exists()) == (False, True)
 
 
 # --- what arrives -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.catalog import EngineLaunch
+from app.engines import EngineLaunch
 from app.specs import DeploymentOptions
 from tests.support import wait_for
 from tests.workers.conftest import make_model
@@ -60,6 +60,7 @@ def test_what_cannot_be_read(
     monkeypatch.setattr(parity, "_free_memory", lambda: 1000.0)
     assert says in (parity._cannot_be_read(folder, "float32") or "")
     assert parity._cannot_be_read(tiny, "int8") == "no bounds are known for int8"
+    assert "computes in fp8" in (parity._cannot_be_read(tiny, "bfloat16", "fp8") or "")
     (folder / "model.safetensors").unlink()
     (folder / "config.json").write_text(json.dumps(config))
     assert parity._cannot_be_read(folder, "float32") == "it has no safetensors"

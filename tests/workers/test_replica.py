@@ -308,6 +308,18 @@ def test_kill_9_of_the_parent_leaves_no_orphan(attempt: Attempt, net: str) -> No
     assert_nothing_left(attempt, 2)
 
 
+def test_a_parent_of_many_threads_dies_many_times(attempt: Attempt) -> None:
+    """The kernel sends the parent-death signal once for each of its threads, some while the first is being heard."""
+    attempt.prepare("leaks").start().reach("ready")
+    assert attempt.replica
+    until = time.monotonic() + 0.5
+    while attempt.replica.poll() is None and time.monotonic() < until:
+        attempt.replica.send_signal(signal.SIGHUP)
+        time.sleep(0.00002)
+    assert attempt.exit_status(2) == 70
+    assert_nothing_left(attempt, 2)
+
+
 def test_kill_9_of_the_replica_leaves_no_orphan(attempt: Attempt) -> None:
     """Not even a child of the engine, which no parent-death signal reaches."""
     attempt.prepare("leaks").start().reach("ready")

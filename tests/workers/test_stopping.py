@@ -146,7 +146,9 @@ def test_a_run_may_stop_early_and_keep_its_last_weights(tmp_path: Path, tiny: Pa
     assert "best_checkpoint_loaded" not in ctx.codes()
 
 
-@pytest.mark.parametrize("cut", [1, 3, 4, 5, 7])
+@pytest.mark.parametrize(
+    "cut", [1, pytest.param(3, marks=pytest.mark.long), 4, pytest.param(5, marks=pytest.mark.long), 7]
+)
 def test_early_stopping_survives_an_interruption(
     cut: int, tmp_path: Path, tiny: Path, numbers: Path, held: Path
 ) -> None:

@@ -12,30 +12,17 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
-from app.catalog import Catalog
+from app.catalog import Catalog, Interrupted, Served
 from app.discovery import discover
 from app.errors import Code, RunError
+from tests.suites import write_suites
 from tests.support import on_sqlite
-from tests.workers.conftest import conversation
 from tests.workers.context import RecordingContext
+from tests.workers.plain_engine import serving
 from workers.loading.suites import _read, changes_of, installed
 from workers.recipes import sft
 
 needs_harness = pytest.mark.skipif(not installed(), reason="lm-eval is not installed here")
-SUITE = """\
-task: spelling
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {rows}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: question
-doc_to_choice: choices
-doc_to_target: gold
-target_delimiter: ""
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1.0}}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +42,7 @@ def test_where_it_is_not_installed_the_package_is_named(
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, "tasks")
     assert "lm-eval" in error["message"]
-    assert "pip install lm-eval" in error["hint"]
+    assert "pip install 'lm-eval[api]'" in error["hint"]
 
 
 def test_a_worker_without_it_says_so_too(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,21 +128,8 @@ def test_only_means_over_documents_are_compared_document_by_document() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one suite: which of three answers is made of numbers."""
-    root = tmp_path_factory.mktemp("suites")
-    rows = root / "rows.jsonl"
-    with rows.open("w") as file:
-        for number in range(200, 224):
-            right = conversation(number)[-1]["content"]
-            first = right.split()[0]
-            wrong = [f"{first} the number", f"{first} in words"]  # as many tokens as the right one
-            turns = "".join(
-                f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in conversation(number)[:-1]
-            )
-            row = {"question": f"{turns}<|im_start|>assistant\n", "choices": [*wrong, right], "gold": 2}
-            file.write(json.dumps(row) + "\n")
-    (root / "spelling.yaml").write_text(SUITE.format(rows=rows))
-    return root
+    """A folder with two suites."""
+    return write_suites(tmp_path_factory.mktemp("suites"))
 
 
 @pytest.fixture(scope="module")
@@ -171,12 +145,18 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, tiny: Path, numbers: Path)
 
 
 def evaluate(
-    root: Path, catalog: Catalog, inputs: dict[str, Path], folder: Path | None, **changes: Any
+    root: Path,
+    catalog: Catalog,
+    inputs: dict[str, Path],
+    folder: Path | None,
+    ways: dict[str, Served] | None = None,
+    attempt: type[RecordingContext] = RecordingContext,
+    **changes: Any,
 ) -> RecordingContext:
     operation = catalog.operations["evaluate"]
     body = {"model": "m", "tasks": ["spelling"], "canary": False, **changes}
-    ctx = RecordingContext(root, inputs, {field: {"name": path.name} for field, path in inputs.items()}, catalog)
-    ctx.task_folder = folder
+    ctx = attempt(root, inputs, {field: {"name": path.name} for field, path in inputs.items()}, catalog)
+    ctx.task_folder, ctx.ways = folder, ways or {}
     operation.run(operation.spec.model_validate(body), ctx)
     return ctx
 
@@ -197,11 +177,9 @@ def test_data_that_cannot_be_fetched_are_asked_for_again(
 ) -> None:
     broken = tmp_path / "suites"
     broken.mkdir()
-    (broken / "gone.yaml").write_text(
-        SUITE.format(rows=tmp_path / "absent.jsonl").replace("task: spelling", "task: gone")
-    )
+    (write_suites(broken) / "rows.jsonl").unlink()
     with pytest.raises(RunError, match="data of a suite cannot be fetched") as caught:
-        evaluate(tmp_path / "run", catalog, {"model": tiny}, broken, tasks=["gone"])
+        evaluate(tmp_path / "run", catalog, {"model": tiny}, broken)
     assert (caught.value.code, caught.value.param, caught.value.transient) == (Code.MODEL_UNREACHABLE, "tasks", True)
 
 
@@ -239,3 +217,81 @@ def test_a_limit_and_a_model_with_nothing_beside_it(catalog: Catalog, tiny: Path
     acc = report["tasks"]["spelling"]["acc"]
     assert (acc["documents"], acc["baseline"], acc["verdict"]) == (6, None, "not_compared")
     assert (report["rows"], report["task_options"]["limit"]) == (0, 6)
+
+
+@needs_harness
+def test_a_model_that_is_served_comes_to_what_it_comes_to_when_it_is_loaded(
+    catalog: Catalog, tiny: Path, adapter: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Log-likelihoods and written answers, of an adapter and of its base, from the plain engine."""
+    inputs = {"model": adapter, "model.base": tiny}
+    tasks = ["spelling", "writing"]
+    loaded = evaluate(tmp_path / "loaded", catalog, inputs, folder, tasks=tasks).results["report"]
+    with serving(tiny, {"words": adapter}) as socket:
+        ways = {"model": Served((socket,), "words"), "baseline": Served((socket,), "plain")}
+        ctx = evaluate(tmp_path / "served", catalog, inputs, folder, ways, tasks=tasks, deployment="words")
+    report = ctx.results["report"]
+    assert report["served_as"] == {"model": "words", "baseline": "plain"}
+    assert report["tasks"].keys() == {"spelling", "writing"}
+    assert report["tasks"] == loaded["tasks"]
+    assert report["tasks"]["spelling"]["acc"]["model"] > 0 or report["tasks"]["spelling"]["acc"]["baseline"] > 0
+    lines = [json.loads(line) for line in (ctx.folder / "tasks.jsonl").read_text().splitlines()]
+    said = [line["said"] for line in lines if line["task"] == "writing"]
+    assert len(said) == 24
+    assert any(text for (text,) in said)
+
+
+class Counting(RecordingContext):
+    """An attempt that counts the steps of a model in this process, and stops after ``last`` of them."""
+
+    last: float = float("inf")
+    counted = 0
+
+    def stop_requested(self) -> bool:
+        type(self).counted += 1
+        return self.counted > self.last
+
+
+class Dying(RecordingContext):
+    """One that ends after so many answers of an engine."""
+
+    def progress(self, step: int, total_steps: int, **values: float | None) -> None:
+        super().progress(step, total_steps, **values)
+        if len(self.steps) == 60:
+            raise ConnectionAbortedError
+
+
+@needs_harness
+def test_an_attempt_that_goes_on_asks_a_loaded_model_only_what_is_left(
+    catalog: Catalog, tiny: Path, adapter: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str) -> RecordingContext:
+        monkeypatch.setattr(Counting, "counted", 0)
+        inputs = {"model": adapter, "model.base": tiny}
+        return evaluate(tmp_path / name, catalog, inputs, folder, None, Counting, tasks=["spelling", "writing"])
+
+    whole, steps = run("whole"), Counting.counted
+    monkeypatch.setattr(Counting, "last", steps * 3 // 4)
+    with pytest.raises(Interrupted):
+        run("parts")
+    monkeypatch.setattr(Counting, "last", float("inf"))
+    rest = run("parts")
+    assert Counting.counted < steps // 2
+    assert rest.results["report"] == whole.results["report"]
+    assert (rest.folder / "tasks.jsonl").read_text() == (whole.folder / "tasks.jsonl").read_text()
+
+
+@needs_harness
+def test_an_attempt_that_goes_on_asks_an_engine_only_what_is_left(
+    catalog: Catalog, tiny: Path, adapter: Path, folder: Path, tmp_path: Path
+) -> None:
+    inputs, more = {"model": adapter, "model.base": tiny}, {"tasks": ["spelling", "writing"], "deployment": "words"}
+    with serving(tiny, {"words": adapter}) as socket:
+        ways = {"model": Served((socket,), "words"), "baseline": Served((socket,), "plain")}
+        whole = evaluate(tmp_path / "whole", catalog, inputs, folder, ways, **more)
+        with pytest.raises(ConnectionAbortedError):
+            evaluate(tmp_path / "parts", catalog, inputs, folder, ways, Dying, **more)
+        rest = evaluate(tmp_path / "parts", catalog, inputs, folder, ways, **more)
+    assert len(whole.steps) - 60 <= len(rest.steps) <= len(whole.steps) - 58
+    assert rest.results["report"] == whole.results["report"]
+    assert (rest.folder / "tasks.jsonl").read_text() == (whole.folder / "tasks.jsonl").read_text()

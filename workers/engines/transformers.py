@@ -4,7 +4,7 @@
 on TCP ports alone and fetches any model that a request names.)
 """
 
-from app.catalog import Engine, EngineLaunch
+from app.engines import Engine, EngineLaunch
 
 
 def argv(launch: EngineLaunch) -> list[str]:

@@ -4,7 +4,7 @@ The list is fixed. Nothing a client sends becomes an option, because several of 
 files (``--middleware``, ``--tool-parser-plugin``, ``--tool-server``, ``--hf-overrides``, ``--trust-remote-code`` …).
 """
 
-from app.catalog import Engine, EngineLaunch
+from app.engines import Engine, EngineLaunch
 
 SHUTDOWN_SECONDS = 25
 """For requests in flight after SIGTERM; a little less than a replica's grace of 30 s."""
@@ -36,12 +36,22 @@ def argv(launch: EngineLaunch) -> list[str]:
             f"--max-loras={min(options.max_loras, options.max_adapters)}",
             # Weights of every adapter that we keep loaded stay in the host's memory.
             f"--max-cpu-loras={options.max_adapters}",
+            # An adapter may have a chat template of its own; the gateway sends it, and takes none from a client.
+            "--trust-request-chat-template",
         ]
+        if launch.lora_modules and not launch.has_gpu:
+            # Without it the output layer is ready for adapters too, and its CPU kernel counts rows of answers alone:
+            # two requests at once that ask for the prompt's log-probabilities (echo) ended the engine (vLLM 0.32).
+            arguments += ["--lora-target-modules", *launch.lora_modules]
     if launch.has_gpu:
         arguments += [
             f"--gpu-memory-utilization={options.gpu_memory_utilization}",
             f"--tensor-parallel-size={options.tensor_parallel_size}",
         ]
+        if options.quantization is not None:
+            arguments.append(f"--quantization={options.quantization}")
+        if launch.sleep_mode:
+            arguments.append("--enable-sleep-mode")
     else:
         # Without a GPU there are no graphs to capture, and compiling costs minutes at every first start.
         arguments.append("--enforce-eager")
@@ -61,7 +71,9 @@ def env(launch: EngineLaunch) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_SERVER_DEV_MODE": "0",
+        # Opens /sleep, /wake_up and /is_sleeping, but also /collective_rpc and more that change the engine: on the
+        # private socket alone, which only this user reaches, and the gateway forwards none of them.
+        "VLLM_SERVER_DEV_MODE": "1" if launch.sleep_mode and launch.has_gpu else "0",
         # Its routes to load and unload are reached over the private socket alone: the gateway forwards none of them.
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1" if launch.options.hot_load else "0",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
@@ -89,5 +101,13 @@ def env(launch: EngineLaunch) -> dict[str, str]:
 
 
 engine = Engine(
-    "vllm", argv, env, hot_load=True, comparable=True, busy=("vllm:num_requests_running", "vllm:num_requests_waiting")
+    "vllm",
+    argv,
+    env,
+    hot_load=True,
+    comparable=True,
+    parses=True,
+    quantizes=True,
+    sleep_mode=True,
+    busy=("vllm:num_requests_running", "vllm:num_requests_waiting"),
 )

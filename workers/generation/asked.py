@@ -4,8 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_CANNOT = ("tools", "structured_outputs", "logit_bias", "echo", "suffix", "min_p_decay", "bad_words", "prompt_logprobs")
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+from workers.turns import plain
+
+_CANNOT = (
+    *("tools", "structured_outputs", "logit_bias", "suffix", "bad_words", "prompt_logprobs", "allowed_token_ids"),
+    *("truncate_prompt_tokens", "include_stop_str_in_output", "continue_final_message"),
+)
+_ONLY_TRUE = ("skip_special_tokens", "add_generation_prompt")
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 class Refused(Exception):
@@ -27,17 +33,19 @@ class Asked:
     max_tokens: int | None
     """None = as much as there is room for."""
     sampling: Mapping[str, float]
-    """Of temperature, top_p, top_k, min_p, repetition_penalty: those that were given."""
+    """Of temperature, top_p, top_k, min_p and the three penalties: those that were given."""
     seed: int | None
     stop: tuple[str, ...]
     stop_ids: tuple[int, ...]
     min_tokens: int
     ignore_eos: bool
     logprobs: bool
+    echo: bool
+    """Whether the answer begins with the prompt; with ``logprobs`` its tokens are scored too."""
     token_ids: bool
     """Whether the answer's token ids are told, as vLLM's ``return_token_ids`` has it."""
     template: Mapping[str, Any]
-    """Switches for the chat template."""
+    """Switches for the chat template, and ``chat_template`` where it is not the model's own."""
 
     @property
     def chat(self) -> bool:
@@ -50,6 +58,15 @@ def read(body: Mapping[str, Any], *, chat: bool) -> list[Asked]:
     for name in _CANNOT:
         if body.get(name):
             raise Refused(f"{name} is not supported by the engine transformers; vLLM has it")
+    for name in _ONLY_TRUE:
+        if body.get(name) is False:
+            raise Refused(f"{name}: false is not supported by the engine transformers; vLLM has it")
+    if body.get("add_special_tokens") not in (None, not chat):
+        raise Refused("add_special_tokens: the engine transformers adds them to completions alone; vLLM has the choice")
+    if body.get("logprobs") and body.get("stream"):
+        raise Refused("logprobs are not told in a stream by the engine transformers; ask without stream")
+    if body.get("echo") and (chat or body.get("stream")):
+        raise Refused("echo is for completions that are not streamed with the engine transformers; vLLM has it")
     kind = (body.get("response_format") or {}).get("type", "text")
     if kind != "text":
         raise Refused(f"response_format {kind} is not supported by the engine transformers; vLLM has it")
@@ -58,7 +75,10 @@ def read(body: Mapping[str, Any], *, chat: bool) -> list[Asked]:
             "alternatives to the chosen token are not told by the engine transformers; ask for logprobs alone"
         )
     if chat:
-        prompts: list[Any] = [body["messages"]]
+        try:
+            prompts: list[Any] = [plain(body["messages"])]
+        except ValueError as error:
+            raise Refused(str(error)) from error
     else:
         given = body.get("prompt", "")
         several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
@@ -79,9 +99,15 @@ def read(body: Mapping[str, Any], *, chat: bool) -> list[Asked]:
             min_tokens=int(body.get("min_tokens") or 0),
             ignore_eos=bool(body.get("ignore_eos")),
             logprobs=bool(body.get("logprobs")),
+            echo=bool(body.get("echo")),
             token_ids=bool(body.get("return_token_ids")),
-            template=dict(body.get("chat_template_kwargs") or {}),
+            template=_template(body),
         )
         for prompt in prompts
         for number in range(count)
     ]
+
+
+def _template(body: Mapping[str, Any]) -> dict[str, Any]:
+    own = body.get("chat_template")
+    return {**(body.get("chat_template_kwargs") or {}), **({"chat_template": own} if own else {})}

@@ -15,7 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from workers.generation.asked import Asked, Refused, read
-from workers.generation.writer import Writer, Written
+from workers.generation.writer import Read, Writer, Written
 
 _MAX_BODY = 16 << 20
 
@@ -51,7 +51,8 @@ class Server:
         return web.Response(text=text)
 
     async def _models(self, request: web.Request) -> web.Response:
-        data = [{"id": name, "object": "model", "owned_by": "tunesmith"} for name in self._writer.models]
+        own = {"object": "model", "owned_by": "tunesmith", "max_model_len": self._writer.room}
+        data = [{"id": name, **own} for name in self._writer.models]
         return web.json_response({"object": "list", "data": data})
 
     async def _load(self, request: web.Request) -> web.Response:
@@ -173,8 +174,14 @@ class Answer:
     def _logprobs(self, written: Written) -> dict[str, Any]:
         pairs = list(zip(written.tokens, written.logprobs, strict=True))
         if not self.chat:
-            tokens, values = [list(column) for column in zip(*pairs, strict=True)]
-            return {"tokens": tokens, "token_logprobs": values, "top_logprobs": None, "text_offset": []}
+            whole = [*written.read, *(Read(token, value, {token: value}) for token, value in pairs)]
+            tokens, values, tops = [list(column) for column in zip(*whole, strict=True)]
+            return {
+                "tokens": tokens,
+                "token_logprobs": values,
+                "top_logprobs": tops if written.read else None,
+                "text_offset": [],
+            }
         return {
             "content": [
                 {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
@@ -223,6 +230,8 @@ def main() -> None:
     parser.add_argument("--hot-load", action="store_true")
     given = parser.parse_args()
     writer = Writer(given.model, given.served_model_name, given.dtype, given.max_model_len)
+    if given.hot_load:
+        threading.Thread(target=writer.expect_adapters, name="adapters", daemon=True).start()
     asyncio.run(serve(Server(writer, hot_load=given.hot_load), given.uds))
     # Threads that still compute for nobody hold nothing up.
     os._exit(0)

@@ -6,12 +6,24 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from workers.generation.asked import Asked, Refused
+from workers.turns import voiced
 
+_ROWS = 256
+"""Of a prompt, scored at a time."""
 _HALF = "\ufffd"
 """What a decoder writes for a character whose bytes have not all come yet."""
+
+
+class Read(NamedTuple):
+    """A token of a prompt. Nothing scores the first, which stands after nothing."""
+
+    token: str
+    logprob: float | None
+    top: dict[str, float] | None
+    """Itself and the likeliest one in its place."""
 
 
 @dataclass
@@ -26,6 +38,8 @@ class Written:
     tokens: list[str] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     """Natural logarithms, one for each token; empty unless they were asked for."""
+    read: "list[Read]" = field(default_factory=list)
+    """The prompt's tokens, where they were asked for with their logarithms."""
 
 
 class Writer:
@@ -51,6 +65,15 @@ class Writer:
     def models(self) -> list[str]:
         """Names that are answered to."""
         return [self.served_name, *self._adapters]
+
+    @staticmethod
+    def expect_adapters() -> None:
+        """Imports beforehand what ``load`` needs: that takes seconds, for which the first adapter would wait."""
+        import torch
+        from peft import LoraConfig, inject_adapter_in_model
+
+        # A part of it is imported only when a layer is replaced.
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(1, 1)))
 
     def load(self, name: str, folder: Path) -> None:
         """Adds an adapter. Raises Refused."""
@@ -93,8 +116,11 @@ class Writer:
             raise Refused(f"The model `{asked.model}` does not exist.", 404)
         try:
             if asked.chat:
+                template = asked.template.get("chat_template") or self._tokenizer.chat_template
+                messages: Any = asked.prompt
+                turns: Any = voiced(messages, template)
                 encoded = self._tokenizer.apply_chat_template(
-                    asked.prompt, add_generation_prompt=True, return_dict=True, **asked.template
+                    turns, add_generation_prompt=True, return_dict=True, **asked.template
                 )
                 ids = list(encoded["input_ids"])
             else:
@@ -124,7 +150,7 @@ class Writer:
 
     def _write(self, asked: Asked, ids: list[int], on_text: Callable[[str], None], gone: threading.Event) -> Written:
         import torch
-        from transformers import StoppingCriteriaList
+        from transformers import LogitsProcessorList, StoppingCriteriaList
 
         if gone.is_set():
             return Written()
@@ -138,10 +164,12 @@ class Writer:
         with torch.inference_mode(), self._model.disable_adapter() if plain else contextlib.nullcontext():
             if asked.seed is not None:
                 torch.manual_seed(asked.seed % 2**63)
+            read = self._read(inputs) if asked.echo and asked.logprobs else []
             output = self._model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=plan,
+                logits_processor=LogitsProcessorList(_penalties(asked, len(ids))),
                 stopping_criteria=StoppingCriteriaList([watch]),
                 return_dict_in_generate=True,
                 output_logits=asked.logprobs,
@@ -149,12 +177,32 @@ class Writer:
         new = output.sequences[0, len(ids) :].tolist()
         ends = set(_as_list(plan.eos_token_id))
         stopped = watch.stopped or bool(new and new[-1] in ends)
-        written = Written(watch.finish(), "stop" if stopped else "length", len(ids), new)
+        written = Written(watch.finish(), "stop" if stopped else "length", len(ids), new, read=read)
+        if asked.echo:
+            written.text = self._tokenizer.decode(ids) + written.text
         if asked.logprobs:
             rows = torch.stack([row[0].float() for row in output.logits]).log_softmax(-1)
             written.logprobs = rows[torch.arange(len(new)), torch.tensor(new, device=rows.device)].tolist()
             written.tokens = [self._tokenizer.decode([token]) for token in new]
         return written
+
+    def _read(self, ids: Any) -> list[Read]:
+        """Scores a prompt, ``[1, length]``. In pieces: logarithms of all its rows at once may not fit."""
+        import torch
+
+        def text(token: int) -> str:
+            return str(self._tokenizer.decode([token]))
+
+        found = [Read(text(int(ids[0, 0])), None, None)]
+        logits = self._model(input_ids=ids, use_cache=False).logits[0, :-1]
+        for rows, tokens in zip(logits.split(_ROWS), ids[0, 1:].split(_ROWS), strict=True):
+            scores = rows.float().log_softmax(-1)
+            own, best = scores[torch.arange(len(tokens)), tokens], scores.max(-1)
+            columns = (tokens.tolist(), own.tolist(), best.indices.tolist(), best.values.tolist())
+            for token, value, likeliest, most in zip(*columns, strict=True):
+                # Where both are written alike, the higher one is told.
+                found.append(Read(text(token), value, {text(token): value} | {text(likeliest): most}))
+        return found
 
     def _plan(self, asked: Asked, prompt: int) -> Any:
         plan = copy.deepcopy(self._generation)
@@ -174,6 +222,21 @@ class Writer:
             plan.temperature, plan.top_p, plan.top_k, plan.min_p = 1.0, 1.0, 50, None
         plan.repetition_penalty = asked.sampling.get("repetition_penalty", 1.0)
         return plan
+
+
+def _penalties(asked: Asked, prompt: int) -> list[Any]:
+    """OpenAI's two: they count what the answer holds so far, not the prompt."""
+    presence, frequency = (asked.sampling.get(f"{name}_penalty", 0.0) for name in ("presence", "frequency"))
+    if not presence and not frequency:
+        return []
+
+    def lowered(input_ids: Any, scores: Any) -> Any:
+        counts = scores.new_zeros(scores.shape[-1]).scatter_add_(
+            0, input_ids[0, prompt:], scores.new_ones(input_ids.shape[1] - prompt)
+        )
+        return scores - frequency * counts - presence * (counts > 0)
+
+    return [lowered]
 
 
 class _Watch:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from app.artifacts.references import references
 from app.catalog import Catalog, RunContext
 from app.errors import Code, RunError
 from app.grading import GraderSpec, Sample, Scoring
@@ -123,6 +124,11 @@ def check_row(graders: Sequence[GraderSpec], catalog: Catalog, sample: Sample) -
             except RunError as error:
                 return error.message
     return None
+
+
+def reads_models(graders: Sequence[GraderSpec]) -> bool:
+    """Whether any of them, or what it is made of, has a model loaded."""
+    return any(kind != "file" for grader in graders for _, kind, _ in references(grader))
 
 
 def _all_of(spec: BaseModel) -> Iterator[GraderSpec]:

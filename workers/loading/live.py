@@ -18,6 +18,7 @@ from app.catalog import RunContext
 from workers.loading.conversations import stop_tokens
 from workers.loading.prompts import opened
 from workers.loading.rollouts import drawing_plainly
+from workers.turns import voiced
 
 MOST_TOKENS = 256
 """An answer's tokens at most; fewer where a request asks for fewer."""
@@ -111,7 +112,8 @@ def _answer(ask: Ask, model: Any, tokenizer: Any, ctx: RunContext) -> dict[str, 
     from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteriaList
 
     try:
-        ids = opened(ask.messages, tokenizer) if ask.chat else list(tokenizer(ask.prompt).input_ids)
+        turns = voiced(ask.messages, tokenizer.chat_template)
+        ids = opened(turns, tokenizer) if ask.chat else list(tokenizer(ask.prompt).input_ids)
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "jinja2":
             raise

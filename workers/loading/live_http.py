@@ -14,8 +14,22 @@ from typing import Any
 
 from app.catalog import RunContext
 from workers.loading.live import MOST_SECONDS, MOST_TOKENS, PATIENCE, Ask, Live, Refused
+from workers.turns import plain
 
-_NOT_HERE = ("tools", "logprobs", "top_logprobs", "response_format", "structured_outputs", "echo", "suffix")
+_NOT_HERE = (
+    *("tools", "logprobs", "top_logprobs", "structured_outputs", "echo", "suffix"),
+    *("logit_bias", "bad_words", "allowed_token_ids", "stop_token_ids", "min_tokens", "ignore_eos"),
+    *("truncate_prompt_tokens", "include_stop_str_in_output", "continue_final_message"),
+    *("min_p", "presence_penalty", "frequency_penalty"),
+)
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "top_k": (-1, 0),
+    "repetition_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+}
+"""What may be said of these, because it changes nothing."""
 
 
 def answering(ctx: RunContext, model: Any, tokenizer: Any) -> "LiveServer | None":
@@ -51,23 +65,24 @@ def parse(path: str, body: bytes) -> Ask:
     try:
         value = json.loads(body)
         chat = path == "/v1/chat/completions"
-        for name in _NOT_HERE:
-            if value.get(name):
-                raise Refused(400, f"{name} is not possible while a run answers itself: deploy the model for it")
+        asked = {name for name in _NOT_HERE if value.get(name)}
+        asked |= {name for name, quiet in _NO_EFFECT.items() if value.get(name) not in (None, *quiet)}
+        if asked:
+            raise Refused(400, f"{min(asked)} is not possible while a run answers itself: deploy the model for it")
         if (value.get("n") or 1) != 1:
             raise Refused(400, "n: a run in training gives one answer at a time")
         prompt = "" if chat else value["prompt"]
         if not isinstance(prompt, str):
             raise Refused(400, "prompt: a run in training takes one text")
-        asked = value.get("max_completion_tokens") or value.get("max_tokens") or MOST_TOKENS
+        most = value.get("max_completion_tokens") or value.get("max_tokens") or MOST_TOKENS
         stop = value.get("stop") or []
         temperature = value.get("temperature")
         return Ask(
             chat=chat,
-            messages=[{**turn, "content": _text(turn.get("content"))} for turn in value["messages"]] if chat else [],
+            messages=plain(value["messages"]) if chat else [],
             prompt=prompt,
             model=str(value.get("model", "")),
-            tokens=min(int(asked), MOST_TOKENS),
+            tokens=min(int(most), MOST_TOKENS),
             temperature=1.0 if temperature is None else float(temperature),
             top_p=float(value.get("top_p") or 1.0),
             seed=value.get("seed"),
@@ -77,13 +92,6 @@ def parse(path: str, body: bytes) -> Ask:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(400, f"the request cannot be read: {error}") from error
-
-
-def _text(content: Any) -> str:
-    """OpenAI's parts of text as one."""
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content)
-    return content or ""
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):

@@ -1,4 +1,4 @@
-"""Suites of lm-evaluation-harness by name, asked of a model that is loaded already.
+"""Suites of lm-evaluation-harness by name, asked of a model that is loaded already, or of one that is served.
 
 The package is not installed with this service: it brings some thirty others along.
 """
@@ -8,7 +8,7 @@ import importlib.util
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -16,9 +16,12 @@ from app.catalog import Interrupted, RunContext
 from app.errors import Code, RunError
 from app.specs import Better
 from workers.loading.paired import Change, compare
+from workers.loading.said import digest
+from workers.loading.served import ServedModel
+from workers.loading.suites_served import harness_model
 
 PACKAGE = "lm-eval"
-HOW = f"Install it beside the service: .venv/bin/python -m pip install {PACKAGE}; then start the service again."
+HOW = f"Install it beside the service: .venv/bin/python -m pip install '{PACKAGE}[api]'; then start the service again."
 _BOOTSTRAPS = 1000
 _TICK_SECONDS = 1.0
 Key = tuple[str, str, str]
@@ -46,6 +49,11 @@ def installed() -> bool:
     return importlib.util.find_spec("lm_eval") is not None
 
 
+def asks_served() -> bool:
+    """Whether it also has what it asks a served model with."""
+    return installed() and all(importlib.util.find_spec(name) is not None for name in ("requests", "tenacity"))
+
+
 class Suites:
     """The tasks that a job names. Raises RunError bad_spec for one that there is not."""
 
@@ -68,27 +76,41 @@ class Suites:
                 )
         self._names, self._fewshot, self._limit, self._ctx = list(names), fewshot, limit, ctx
 
-    def ask(self, model: Any, tokenizer: Any, batch_size: int, *, template: bool) -> Asked:
-        """Every task, of one model. Raises RunError model_unreachable where a task's data cannot be fetched."""
-        from lm_eval.evaluator import evaluate
+    def ask(self, side: str, model: Any, tokenizer: Any, batch_size: int, *, template: bool) -> Asked:
+        """Every task, of one model. Raises RunError model_unreachable where a task's data cannot be fetched.
+
+        ``side``: whose answers of an earlier attempt are used; the package keeps them.
+        """
+        from lm_eval.api.model import CachingLM
         from lm_eval.models.huggingface import HFLM
+
+        plain = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        kept = self._ctx.kept_dir / f"suites-{side}-{digest(str(model.device), str(model.dtype))}.db"
+        adapted = CachingLM(plain, str(kept))
+        with closing(adapted.dbdict), _alive(model, self._ctx):
+            return self._ask(adapted, template=template)
+
+    def ask_served(self, served: ServedModel, tokenizer: Any, *, template: bool) -> Asked:
+        """The same of a model that is being served. Raises RunError, and Interrupted when the run is to stop."""
+        return self._ask(harness_model(served, tokenizer), template=template)
+
+    def _ask(self, adapted: Any, *, template: bool) -> Asked:
+        from lm_eval.evaluator import evaluate
 
         loaded = self._load()
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=1234)
             if self._fewshot is not None and task.get_config("num_fewshot") != 0:
                 task.set_config(key="num_fewshot", value=self._fewshot)
-        adapted = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-        with _alive(model, self._ctx):
-            found = evaluate(
-                lm=adapted,
-                task_dict=loaded,
-                limit=self._limit,
-                bootstrap_iters=_BOOTSTRAPS,
-                apply_chat_template=template,
-                fewshot_as_multiturn=template,
-                confirm_run_unsafe_code=False,
-            )
+        found = evaluate(
+            lm=adapted,
+            task_dict=loaded,
+            limit=self._limit,
+            bootstrap_iters=_BOOTSTRAPS,
+            apply_chat_template=template,
+            fewshot_as_multiturn=template,
+            confirm_run_unsafe_code=False,
+        )
         return _read(found)
 
     def _load(self) -> dict[str, Any]:

@@ -1,16 +1,15 @@
 """Evaluate: a model answers a file's prompts, graders score the answers, its base beside it on the same rows."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.catalog import Operation, RunContext
+from app.catalog import Operation, RunContext, SlotClass
 from app.errors import Code, RunError
 from app.grading import GraderSpec, check_graders
-from app.specs import Dtype, FileRef, JobSpec, ModelRef, Spec, conflict
+from app.specs import Dtype, FileRef, JobSpec, ModelRef, Name, Spec, conflict
 from workers.loading import (
     Compute,
     attach,
@@ -26,18 +25,16 @@ from workers.loading import (
     set_threads,
     stop_tokens,
 )
-from workers.loading.answering import answers
 from workers.loading.canary import QUESTIONS
-from workers.loading.judging import Judge, judge_of, load_graders, total
+from workers.loading.exam import Answered, of_canary, of_rows, of_suites, shown
+from workers.loading.judging import Judge, judge_of, load_graders, reads_models, total
 from workers.loading.paired import CONFIDENCE, Change, compare
 from workers.loading.prompts import Prompt, load_prompts, opened
-from workers.loading.suites import HOW, PACKAGE, Asked, Suites, changes_of, installed
+from workers.loading.respondents import Deployed, Loaded, Respondent
+from workers.loading.suites import HOW, PACKAGE, Suites, asks_served, installed
 
 SHOWN = 8
 """Answers that the job's result shows; the artifact has them all."""
-FORGOTTEN = 0.2
-"""Share of the canary's questions that the base knew and the tuned model does not, above which it is a warning."""
-WORDS = {"learnt": "better", "no_effect": "no_difference", "worse": "worse"}
 
 
 class EvalData(Spec):
@@ -64,7 +61,8 @@ class Gate(Spec):
     """When the job fails, so that nothing that waits for it begins."""
 
     wants: Literal["better", "not_worse"] = Field(
-        "better", description="better: the whole 95 % interval of the change lies above min_change; not_worse: its end."
+        "better",
+        description="better: the 95 % interval of the change lies above min_change; not_worse: not all of it below.",
     )
     on: str = Field("total", max_length=64, description="A grader's name, or total.")
     min_change: float = Field(0.0, ge=-1e9, le=1e9, description="In the grader's own unit.")
@@ -88,9 +86,18 @@ class EvaluateSpec(JobSpec):
 
     type: Literal["evaluate"] = "evaluate"
     takes_adapters: ClassVar[bool] = True
+    asks_served: ClassVar[bool] = True
     model: ModelRef
     baseline: ModelRef | None = Field(
         None, description="What it is compared with; default: of an adapter what it was trained on, of a model nothing."
+    )
+    deployment: Name | None = Field(
+        None,
+        description="Ask the engine that serves the model under this name, of a deployment, an adapter or an alias; "
+        "default: the job loads the model itself.",
+    )
+    baseline_deployment: Name | None = Field(
+        None, description="The same of the baseline; default: whatever serves it, first where the adapter is loaded."
     )
     dataset: EvalData | None = Field(None, description="Prompts of your own; graders score the answers.")
     graders: list[GraderSpec] = Field(default_factory=list, max_length=16, description="What scores the answers.")
@@ -115,6 +122,7 @@ class EvaluateSpec(JobSpec):
             raise conflict(field, "graders score the answers to a dataset", "Give both, or neither of them.")
         if self.tasks and not installed():
             raise conflict("tasks", f"suites need {PACKAGE}, which is not installed here", HOW)
+        self._check_deployment()
         if self.graders:
             check_graders(self.graders, "graders", self.weights, "weights")
         names = [*(["total"] if self.graders else []), *(grader.label for grader in self.graders), *self.tasks]
@@ -124,15 +132,19 @@ class EvaluateSpec(JobSpec):
             raise conflict("gate.on", f"no grader or suite is called {self.gate.on!r}", f"One of: {', '.join(names)}.")
         return self
 
+    def _check_deployment(self) -> None:
+        if self.deployment is None and self.baseline_deployment is not None:
+            field, hint = "baseline_deployment", "Name the model's as deployment, or leave it out."
+            raise conflict(field, "model and baseline are asked in the same way, and deployment is not given", hint)
+        if self.deployment is not None and self.dtype is not None:
+            raise conflict("dtype", "a deployment has a dtype of its own", "Leave it out.")
+        if self.deployment is not None and self.tasks and not asks_served():
+            raise conflict("tasks", f"suites of a deployment need {PACKAGE}[api], which is not installed here", HOW)
 
-class Answered(NamedTuple):
-    """What one model said, and what graders think of it."""
 
-    texts: list[str]
-    scores: dict[str, list[float]]
-    known: list[bool]
-    """Whether it answered each of the canary's questions."""
-    suites: Asked | None = None
+def slot_of(spec: EvaluateSpec) -> SlotClass:
+    """A model that is served already needs no second place; graders that read models do."""
+    return "light" if spec.deployment is not None and not reads_models(spec.graders) else "train"
 
 
 def run(spec: EvaluateSpec, ctx: RunContext) -> None:
@@ -153,38 +165,63 @@ def run(spec: EvaluateSpec, ctx: RunContext) -> None:
                 hint="merge it into its base and name the merged model",
                 param=field,
             )
-    base = ctx.input("model.base") if is_adapter else folder
     ctx.phase("loading")
-    compute = device_and_dtype(spec.dtype, ctx, "dtype")
-    tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base)
+    compute = device_and_dtype(spec.dtype, ctx, "dtype") if slot_of(spec) == "train" else Compute("cpu", "float32")
     suites = Suites(spec.tasks, spec.task_options.num_fewshot, spec.task_options.limit, ctx) if spec.tasks else None
+    tokenizer, stops = _tokenizer(ctx, "model")
     prompts = _prompts(spec, ctx, tokenizer)
     judge = judge_of(load_graders(spec.graders, ctx, compute, spec.generation.batch_size))
-    model = _load(ctx, "model", compute)
+    how: dict[str, Any] = {"batch_size": spec.generation.batch_size, "stops": stops, "seed": spec.generation.seed}
+    model: Any = None
+    if spec.deployment is None:
+        model = _load(ctx, "model", compute)
 
     ctx.phase("evaluating")
-    stops = stop_tokens(tokenizer, base)
-    tuned = _ask(spec, ctx, model, tokenizer, prompts, judge, stops, suites)
+    respondent: Respondent = (
+        Deployed("model", tokenizer, ctx, **how) if model is None else Loaded("model", model, tokenizer, ctx, **how)
+    )
+    tuned = _ask(spec, respondent, tokenizer, prompts, judge, suites)
     before: Answered | None = None
     if spec.baseline is not None:
-        del model
-        other = ctx.input("baseline")
-        theirs = ctx.input("baseline.base") if _is_adapter(other) else other
-        tokenizer = load_tokenizer(other if has_tokenizer(other) else theirs)
-        again = _prompts(spec, ctx, tokenizer)
-        if len(again) != len(prompts):
-            raise RunError(
-                Code.BAD_SPEC,
-                f"model and baseline cannot be asked the same: {len(prompts)} and {len(again)} prompts fit",
-                hint="raise generation.max_prompt_tokens",
-                param="generation.max_prompt_tokens",
-            )
-        loaded = _load(ctx, "baseline", compute)
-        before = _ask(spec, ctx, loaded, tokenizer, again, judge, stop_tokens(tokenizer, theirs), suites)
+        del model, respondent
+        before = _ask_baseline(spec, ctx, compute, len(prompts), judge, suites)
+    elif is_adapter and model is None:
+        before = _ask(spec, Deployed("baseline", tokenizer, ctx, **how), tokenizer, prompts, judge, suites)
     elif is_adapter:
         with model.disable_adapter():
-            before = _ask(spec, ctx, model, tokenizer, prompts, judge, stops, suites)
+            respondent = Loaded("baseline", model, tokenizer, ctx, **how)
+            before = _ask(spec, respondent, tokenizer, prompts, judge, suites)
     _tell(spec, ctx, prompts, tuned, before, compute)
+
+
+def _ask_baseline(
+    spec: EvaluateSpec, ctx: RunContext, compute: Compute, count: int, judge: Judge, suites: Suites | None
+) -> Answered:
+    """The baseline that the spec names, with its own tokenizer. Raises RunError when it cannot be asked the same."""
+    tokenizer, stops = _tokenizer(ctx, "baseline")
+    prompts = _prompts(spec, ctx, tokenizer)
+    if len(prompts) != count:
+        raise RunError(
+            Code.BAD_SPEC,
+            f"model and baseline cannot be asked the same: {count} and {len(prompts)} prompts fit",
+            hint="raise generation.max_prompt_tokens",
+            param="generation.max_prompt_tokens",
+        )
+    how: dict[str, Any] = {"batch_size": spec.generation.batch_size, "stops": stops, "seed": spec.generation.seed}
+    respondent: Respondent
+    if spec.deployment is not None:
+        respondent = Deployed("baseline", tokenizer, ctx, **how)
+    else:
+        respondent = Loaded("baseline", _load(ctx, "baseline", compute), tokenizer, ctx, **how)
+    return _ask(spec, respondent, tokenizer, prompts, judge, suites)
+
+
+def _tokenizer(ctx: RunContext, field: str) -> tuple[Any, set[int]]:
+    """What a model reads with, and the tokens that end its answers; an adapter without one has its base's."""
+    folder = ctx.input(field)
+    base = ctx.input(f"{field}.base") if _is_adapter(folder) else folder
+    tokenizer = load_tokenizer(folder if has_tokenizer(folder) else base)
+    return tokenizer, stop_tokens(tokenizer, base)
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -228,33 +265,27 @@ def _load(ctx: RunContext, field: str, compute: Compute) -> Any:
 
 def _ask(
     spec: EvaluateSpec,
-    ctx: RunContext,
-    model: Any,
+    respondent: Respondent,
     tokenizer: Any,
     prompts: list[Prompt],
     judge: Judge,
-    stops: set[int],
     suites: Suites | None,
 ) -> Answered:
-    how: dict[str, Any] = {"batch_size": spec.generation.batch_size, "stops": stops, "seed": spec.generation.seed}
     texts: list[str] = []
     scores: dict[str, list[float]] = {}
     if prompts:
         longest, temperature = spec.generation.max_new_tokens, spec.generation.temperature
-        texts = answers(model, tokenizer, prompts, ctx, max_new_tokens=longest, temperature=temperature, **how)
+        texts = respondent.answers(prompts, max_new_tokens=longest, temperature=temperature)
         scores = judge([prompt.answered(text) for prompt, text in zip(prompts, texts, strict=True)])
         scores["total"] = total(scores, spec.weights)
     known: list[bool] = []
     if spec.canary:
         asked = [[{"role": "user", "content": question.text}] for question in QUESTIONS]
         general = [Prompt(turns, opened(turns, tokenizer)) for turns in asked]
-        said = answers(model, tokenizer, general, ctx, max_new_tokens=48, temperature=0.0, **how)
+        said = respondent.answers(general, max_new_tokens=48, temperature=0.0)
         known = [question.answered_by(text) for question, text in zip(QUESTIONS, said, strict=True)]
-    asked_of = None
-    if suites is not None:
-        template = spec.task_options.chat_template
-        asked_of = suites.ask(model, tokenizer, spec.generation.batch_size, template=template)
-    return Answered(texts, scores, known, asked_of)
+    asked_of = respondent.suites(suites, template=spec.task_options.chat_template) if suites is not None else None
+    return Answered(texts, scores, known, asked_of, respondent.name)
 
 
 def _tell(
@@ -267,13 +298,15 @@ def _tell(
 ) -> None:
     against = before.scores if before else {name: [0.0] * len(prompts) for name in tuned.scores}
     changes = {name: compare(against[name], scores, "higher") for name, scores in tuned.scores.items()}
-    rows = list(_rows(prompts, tuned, before))
-    scores = {name: _shown(change, compared=before is not None) for name, change in changes.items()}
+    rows = list(of_rows(prompts, tuned, before))
+    scores = {name: shown(change, compared=before is not None) for name, change in changes.items()}
     report: dict[str, Any] = {"rows": len(prompts), "confidence": CONFIDENCE, "scores": scores, "answers": rows[:SHOWN]}
+    if spec.deployment is not None:
+        report["served_as"] = {"model": tuned.name, "baseline": before.name if before else None}
     if spec.canary:
-        report["canary"] = _canary(ctx, tuned, before)
+        report["canary"] = of_canary(ctx, tuned, before)
     if tuned.suites is not None:
-        report["tasks"], of_tasks = _suites(tuned.suites, before.suites if before else None)
+        report["tasks"], of_tasks = of_suites(tuned.suites, before.suites if before else None)
         changes |= of_tasks
         report["task_options"] = spec.task_options.model_dump()
     if spec.gate is not None and spec.gate.on not in changes:
@@ -286,7 +319,10 @@ def _tell(
     passed = _passed(spec.gate, changes) if spec.gate else None
     if spec.gate is not None:
         report["gate"] = {**spec.gate.model_dump(), "passed": passed}
-    ctx.result(report=report, peak_memory_bytes=peak_memory(compute.device), dtype=compute.dtype, device=compute.device)
+    facts: dict[str, Any] = {"peak_memory_bytes": peak_memory(compute.device)}
+    if spec.deployment is None:
+        facts |= {"dtype": compute.dtype, "device": compute.device}
+    ctx.result(report=report, **facts)
     folder = ctx.output("report", name=spec.experiment_name)
     (folder / "report.json").write_text(json.dumps({**report, "answers": "answers.jsonl"}, indent=1) + "\n")
     with (folder / "answers.jsonl").open("w") as file:
@@ -307,82 +343,11 @@ def _tell(
         )
 
 
-def _shown(change: Change, *, compared: bool) -> dict[str, Any]:
-    """One row of the report; without a baseline ``low`` and ``high`` are the interval of the score itself."""
-    if not compared:
-        return {
-            "model": change.tuned,
-            "baseline": None,
-            "low": change.low,
-            "high": change.high,
-            "verdict": "not_compared",
-        }
-    return {
-        "model": change.tuned,
-        "baseline": change.base,
-        "change": change.change,
-        "low": change.low,
-        "high": change.high,
-        "verdict": WORDS[change.verdict],
-    }
-
-
 def _passed(gate: Gate, changes: dict[str, Change]) -> bool:
     change = changes[gate.on]
     low, high = (change.low, change.high) if change.better == "higher" else (-change.high, -change.low)
-    return (low if gate.wants == "better" else high) > gate.min_change
+    # Two models that answer alike have an interval of no width at 0: neither is better, and neither is worse.
+    return low > gate.min_change if gate.wants == "better" else high >= gate.min_change
 
 
-def _suites(after: Asked, before: Asked | None) -> tuple[dict[str, Any], dict[str, Change]]:
-    """Rows of the report by task and metric, and of each task the change in its first metric, by which a gate goes."""
-    report: dict[str, dict[str, Any]] = {}
-    first: dict[str, Change] = {}
-    changes = changes_of(before, after) if before is not None else {}
-    for key, score in after.scores.items():
-        task, metric, chosen = key
-        base = before.scores.get(key) if before is not None else None
-        entry: dict[str, Any] = {
-            "model": score.value,
-            "stderr": score.stderr,
-            "baseline": base.value if base is not None else None,
-            "better": score.better,
-            "documents": len(score.each) or None,
-            "verdict": "not_compared",
-        }
-        if key in changes:
-            change = changes[key]
-            entry |= {"change": change.change, "low": change.low, "high": change.high}
-            entry["verdict"] = WORDS[change.verdict]
-            first.setdefault(task, change)
-        report.setdefault(task, {})[metric if chosen == "none" else f"{metric},{chosen}"] = entry
-    return report, first
-
-
-def _canary(ctx: RunContext, tuned: Answered, before: Answered | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"questions": len(QUESTIONS), "model": sum(tuned.known)}
-    if before is None:
-        return found
-    pairs = list(zip(QUESTIONS, before.known, tuned.known, strict=True))
-    lost = [question.text for question, then, now in pairs if then and not now]
-    found |= {
-        "baseline": sum(before.known),
-        "lost": lost,
-        "gained": [question.text for question, then, now in pairs if now and not then],
-    }
-    if len(lost) > FORGOTTEN * len(QUESTIONS):
-        message = f"{len(lost)} of {len(QUESTIONS)} general questions that the baseline answers are no longer answered"
-        ctx.event("general_knowledge_lost", message, level="warn", lost=lost)
-    return found
-
-
-def _rows(prompts: list[Prompt], tuned: Answered, before: Answered | None) -> Iterator[dict[str, Any]]:
-    for row, prompt in enumerate(prompts):
-        entry: dict[str, Any] = {"row": row + 1, "prompt": prompt.turns, "model": tuned.texts[row]}
-        entry["scores"] = {name: scores[row] for name, scores in tuned.scores.items()}
-        if before is not None:
-            entry["baseline"] = before.texts[row]
-            entry["baseline_scores"] = {name: scores[row] for name, scores in before.scores.items()}
-        yield entry
-
-
-operation = Operation(EvaluateSpec, run, slot="train")
+operation = Operation(EvaluateSpec, run, slot="train", slot_of=slot_of)

@@ -1,19 +1,28 @@
 """An alias with two targets: who is on which side, and what becomes of it when it is promoted or rolled back."""
 
+import asyncio
+import contextlib
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import select
 
 from app.aliases.traffic import Split, Traffic
 from app.db import Database
 from app.deployments.service import Route, Router
-from app.errors import NotFound, Unavailable
-from app.models import DEFAULT_PROJECT, Deployment
+from app.errors import Code, NotFound, Unavailable
+from app.gateway.waking import awake
+from app.models import DEFAULT_PROJECT, Deployment, now
 from app.settings import Settings
+from app.states import DeploymentState
 from tests.app.artifacts.conftest import Left
+from tests.deployed import add_deployment, engine_of, said
 from tests.support import on_sqlite
 
 Serve = Callable[..., str]
@@ -25,9 +34,16 @@ def serve(database: Database) -> Serve:
 
     def make(name: str, artifact_id: str, status: str = "ready", project: str = DEFAULT_PROJECT) -> str:
         with database.write() as session:
-            row = Deployment(id=f"dep-{name}", project_id=project, name=name, model="m", status=status)
-            row.artifact_id, row.socket = artifact_id, f"/run/{name}.sock"
-            session.add(row)
+            row = add_deployment(
+                session,
+                name,
+                status=DeploymentState(status),
+                project=project,
+                artifact_id=artifact_id,
+                socket=f"/run/{name}.sock",
+            )
+            if status == "sleeping":
+                row.options, row.ready_at = {"idle_timeout": 60}, now()
         return name
 
     return make
@@ -35,7 +51,7 @@ def serve(database: Database) -> Serve:
 
 @pytest.fixture
 def traffic(database: Database, settings: Settings) -> Traffic:
-    return Traffic(database, Router(database, settings).route_for)
+    return Traffic(database, Router(database, settings=settings).route_for)
 
 
 def put(api: TestClient, artifact: str, canary: str | None = None, percent: float = 10, **more: Any) -> Any:
@@ -145,7 +161,7 @@ def test_until_what_it_was_moved_to_is_up_the_one_before_answers(
     serve("v2", second, "starting")
     assert names(found(traffic)) == ["v1"]
     with database.write() as session:
-        session.get_one(Deployment, "dep-v2").status = "ready"
+        said(session, "dep-v2", DeploymentState.READY, socket="/run/v2.sock")
     assert names(found(traffic)) == ["v2"]
 
 
@@ -160,6 +176,107 @@ def test_after_a_way_back_what_was_left_answers_no_more(
     api.post("/aliases/prod/rollback")
     with pytest.raises(Unavailable, match="not ready"):
         traffic.find("prod", DEFAULT_PROJECT)
+
+
+def statuses(database: Database) -> dict[str, str]:
+    with database.read() as session:
+        return {row.name: row.status for row in session.scalars(select(Deployment))}
+
+
+def becomes(database: Database, name: str, status: str) -> None:
+    with database.write() as session:
+        session.get_one(Deployment, f"dep-{name}").status = engine_of(session, f"dep-{name}").status = status
+
+
+def test_where_all_sleep_both_sides_are_woken_and_the_first_answers(
+    api: TestClient, left: Left, serve: Serve, traffic: Traffic, database: Database
+) -> None:
+    for name in ("v1", "v2", "v3"):
+        serve(name, left("support"), "sleeping")
+    put(api, "support:v1")
+    put(api, "support:v2", "support:v3", 50)
+    with pytest.raises(Unavailable) as caught:
+        traffic.find("prod", DEFAULT_PROJECT)
+    assert caught.value.code is Code.MODEL_WAKING
+    assert statuses(database) == {"v1": "sleeping", "v2": "queued", "v3": "queued"}, "the one before is not needed"
+    for name in ("v2", "v3"):
+        becomes(database, name, "starting")
+    with pytest.raises(Unavailable) as caught:
+        traffic.find("prod", DEFAULT_PROJECT)
+    assert caught.value.code is Code.MODEL_WAKING
+    becomes(database, "v3", "ready")
+    assert {tuple(names(found(traffic), str(number))) for number in range(50)} == {("v3",)}, "whoever asks"
+    becomes(database, "v2", "ready")
+    both = {tuple(names(found(traffic), str(number))) for number in range(50)}
+    assert both == {("v2", "v3"), ("v3", "v2")}, "and as soon as both are there, each sender his side"
+    assert statuses(database)["v1"] == "sleeping"
+
+
+@on_sqlite
+def test_a_request_that_waits_is_answered_by_whichever_side_is_there_first(
+    api: TestClient, left: Left, serve: Serve, traffic: Traffic, database: Database
+) -> None:
+    serve("v1", left("support"), "sleeping"), serve("v2", left("support"), "sleeping")
+    put(api, "support:v1", "support:v2", 1)
+    threading.Timer(0.3, becomes, (database, "v2", "ready")).start()
+    began = time.monotonic()
+    find = partial(asyncio.to_thread, traffic.find, "prod", DEFAULT_PROJECT)
+    split = asyncio.run(awake(find, 20, time.monotonic))
+    assert time.monotonic() - began < 10
+    assert isinstance(split, Split)
+    assert names(split, "anybody") == ["v2"]
+
+
+@on_sqlite
+def test_one_side_that_sleeps_is_woken_while_the_other_answers(
+    api: TestClient, left: Left, serve: Serve, traffic: Traffic, database: Database
+) -> None:
+    serve("v1", left("support")), serve("v2", left("support"), "sleeping")
+    put(api, "support:v1", "support:v2", 50)
+    assert {tuple(names(found(traffic), str(number))) for number in range(20)} == {("v1",)}
+    assert statuses(database) == {"v1": "ready", "v2": "queued"}
+
+
+@on_sqlite
+def test_of_several_of_one_artifact_one_is_enough(
+    api: TestClient, left: Left, serve: Serve, traffic: Traffic, database: Database
+) -> None:
+    artifact = left("support")
+    serve("a", artifact, "sleeping"), serve("b", artifact), serve("c", artifact, "sleeping")
+    put(api, "support:v1")
+    assert names(found(traffic)) == ["b"]
+    assert statuses(database) == {"a": "sleeping", "b": "ready", "c": "sleeping"}
+    becomes(database, "b", "sleeping")
+    with pytest.raises(Unavailable):
+        traffic.find("prod", DEFAULT_PROJECT)
+    assert Counter(statuses(database).values()) == {"sleeping": 2, "queued": 1}
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("newest", "woken"), [("ready", "sleeping"), ("sleeping", "sleeping"), ("starting", "queued"), (None, "queued")]
+)
+def test_what_it_pointed_to_before_is_woken_only_where_nothing_newer_comes(
+    api: TestClient,
+    left: Left,
+    serve: Serve,
+    traffic: Traffic,
+    database: Database,
+    newest: str | None,
+    woken: str,
+) -> None:
+    serve("v1", left("support"), "sleeping")
+    second = left("support")
+    if newest is not None:
+        serve("v2", second, newest)
+    put(api, "support:v1")
+    put(api, "support:v2")
+    with contextlib.suppress(Unavailable):
+        traffic.find("prod", DEFAULT_PROJECT)
+    assert statuses(database)["v1"] == woken
+    with database.read() as session:
+        used = session.get_one(Deployment, "dep-v1").used_at
+    assert (used is None) == (woken == "sleeping"), "what is not asked does not count as used"
 
 
 @on_sqlite

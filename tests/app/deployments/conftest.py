@@ -9,23 +9,30 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.db import Database
-from app.deployments import loaded, repository
+from app.deployments import loaded, replicas
 from app.discovery import discover
 from app.jobs import claims
-from app.models import DeploymentAdapter, now
+from app.models import DeploymentAdapter
 from app.queue import SilentDoorbell
 from app.reconciler import Reconciler
 from app.settings import Settings
 from app.states import AdapterState, DeploymentState
 from app.storage import Storage
+from tests.app.deployments.stage import Stage
 from tests.artifacts import publish
+from tests.deployed import engine_of, said
 from tests.support import make_lora_folder, make_model_folder
+
+ADDED = [{"id": 1, "content": "<eot>"}, {"id": 2, "content": "<else>"}]
 
 
 @pytest.fixture
 def base(database: Database, storage: Storage, tmp_path: Path) -> str:
     folder = make_model_folder(tmp_path / "base")
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "truncation": None}))
+    whole = {"model": {"vocab": {"a": 0}}, "added_tokens": ADDED, "truncation": None}
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     return "artifact:" + publish(database, storage, folder, "base", "model")
 
@@ -78,10 +85,26 @@ def ready(database: Database) -> Callable[..., None]:
     def ready(deployment_id: str, *names: str) -> None:
         with database.write() as session:
             claims.claim(session, "w", "serve-0", ["serve"])
-            repository.transition(session, deployment_id, DeploymentState.STARTING)
-            repository.transition(session, deployment_id, DeploymentState.READY, socket="/run/s", ready_at=now())
+            said(session, deployment_id, DeploymentState.STARTING)
+            said(session, deployment_id, DeploymentState.READY, socket="/run/s")
             for name in names:
                 row = session.get_one(DeploymentAdapter, (deployment_id, name))
+                replicas.has_loaded(session, engine_of(session, deployment_id).id, name, row.model)
                 assert loaded.move(session, row, AdapterState.READY)
 
     return ready
+
+
+@pytest.fixture
+def stage(api: TestClient, database: Database, settings: Settings, reconciler: Reconciler) -> Stage:
+    return Stage(api, database, settings, reconciler)
+
+
+@pytest.fixture
+def model(models: Path) -> str:
+    return str(models / "tiny")
+
+
+@pytest.fixture
+def other(models: Path) -> str:
+    return str(make_model_folder(models / "other"))

@@ -1,5 +1,6 @@
 """Adapters of a deployment, without an engine: what is refused and why, names, and what a deploy job makes of one."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,20 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
 from app.db import Database
-from app.deployments import loaded, repository
+from app.deployments import loaded, replicas
 from app.deployments.routes import Router
 from app.errors import Conflict, Unavailable
 from app.models import Deployment, DeploymentAdapter, Job, JobEvent, now
 from app.reconciler import Reconciler
 from app.states import AdapterState, DeploymentState
 from app.storage import Storage
+from tests.app.deployments.conftest import ADDED
 from tests.artifacts import publish
-from tests.support import make_model_folder, on_sqlite
+from tests.deployed import engine_of, said
+from tests.support import make_lora_folder, make_model_folder, on_sqlite
 
 PROJECT = "proj-default"
+THINKS = "{%- if add_generation_prompt %}{{- '<think>\\n' }}{%- endif %}"
 
 
 # Refusals
@@ -64,13 +68,25 @@ def test_a_rank_that_the_engine_has_no_room_for(
     ("files", "words"),
     [
         ({"tokenizer.json": '{"model": {"vocab": {"b": 0}}}'}, "tokenizer"),
-        ({"tokenizer.json": '{"model": {"vocab": {"a": 0}}, "truncation": {"max_length": 9}}'}, None),
-        ({"chat_template.jinja": "{{ other }}"}, "chat template"),
+        ({"tokenizer.json": json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": ADDED, "truncation": {}})}, None),
+        ({"chat_template.jinja": "{{ other }}"}, None),
         ({"chat_template.jinja": "{{ messages }}"}, None),
+        ({"chat_template.jinja": THINKS}, "opens thoughts otherwise"),
+        (
+            {"tokenizer_config.json": '{"chat_template": [{"name": "a", "template": "x"}]}'},
+            "several chat templates",
+        ),
+        ({"chat_template.jinja": "{{ other }}", "tokenizer_config.json": '{"eos_token": "<end>"}'}, None),
+        ({"chat_template.jinja": "{{ other }}", "tokenizer_config.json": '{"eos_token": "<eot>"}'}, None),
+        (
+            {"chat_template.jinja": "{{ other }}", "tokenizer_config.json": '{"eos_token": {"content": "<else>"}}'},
+            "end with <else>",
+        ),
+        ({"tokenizer_config.json": '{"eos_token": "<else>"}'}, None),
     ],
 )
 @on_sqlite
-def test_its_words_must_be_the_bases(
+def test_its_words_must_be_the_bases_but_for_the_template(
     add: Callable[..., Any], adapter: Callable[..., str], files: dict[str, str], words: str | None
 ) -> None:
     answer = add(adapter(files=files))
@@ -168,9 +184,11 @@ def test_the_gateway_is_led_to_the_bases_engine(
         router.route_for("support", PROJECT)
     assert caught.value.code == "model_waking"
     with database.write() as session:
-        loaded.move(session, session.get_one(DeploymentAdapter, (deployment, "support")), AdapterState.READY)
+        row = session.get_one(DeploymentAdapter, (deployment, "support"))
+        replicas.has_loaded(session, engine_of(session, deployment).id, "support", row.model)
+        loaded.move(session, row, AdapterState.READY)
     route = router.route_for("support", PROJECT)
-    assert (route.socket, route.served_name, route.deployment_id) == ("/run/s", "support", deployment)
+    assert (route.targets[0].socket, route.served_name, route.deployment_id) == ("/run/s", "support", deployment)
     with database.read() as session:
         used = session.get_one(DeploymentAdapter, (deployment, "support")).used_at
     assert used is not None
@@ -200,6 +218,22 @@ def test_a_deploy_job_loads_an_adapter_into_the_base_that_runs(
     assert len(api.get("/deployments").json()["data"]) == 1
 
 
+@on_sqlite
+def test_a_deploy_job_that_names_a_parser_gets_an_engine_with_it(
+    api: TestClient, adapter: Callable[..., str], deployment: str, ready: Any, reconciler: Reconciler
+) -> None:
+    ready(deployment)
+    body = {"type": "deploy", "model": adapter(), "tool_call_parser": "mistral"}
+    api.post("/jobs", json={**body, "name": "first"})
+    reconciler.tick()
+    newest, _ = api.get("/deployments").json()["data"]
+    assert newest["options"]["tool_call_parser"] == "mistral"
+    api.post("/jobs", json={**body, "name": "second"})
+    reconciler.tick()
+    shown = {row["id"]: [entry["name"] for entry in row["adapters"]] for row in api.get("/deployments").json()["data"]}
+    assert shown == {newest["id"]: ["first", "second"], deployment: []}
+
+
 def test_where_none_runs_the_base_is_started(
     api: TestClient, adapter: Callable[..., str], base: str, reconciler: Reconciler
 ) -> None:
@@ -227,7 +261,7 @@ def test_a_base_that_sleeps_is_woken_for_it(
     row = api.post("/deployments", json={"name": "plain", "model": base, "idle_timeout": 60}).json()
     ready(row["id"])
     with database.write() as session:
-        assert repository.transition(session, row["id"], DeploymentState.SLEEPING, socket=None)
+        assert said(session, row["id"], DeploymentState.SLEEPING, socket=None)
         session.execute(update(Job).where(Job.type == "serve").values(paused_at=now()))
     answer = api.post(f"/deployments/{row['id']}/adapters", json={"adapter": adapter("quiet")})
     assert answer.status_code == 201
@@ -277,6 +311,21 @@ def test_what_the_engine_refuses_is_merged_after_all(
     assert api.get(f"/deployments/{deployment}/adapters").json()["data"] == []
 
 
+def test_an_adapter_of_the_output_layer_is_merged(
+    add: Callable[..., Any], database: Database, storage: Storage, base: str, tmp_path: Path
+) -> None:
+    """Engines keep that layer as it is: the log-probabilities that they tell of a prompt know nothing of adapters."""
+    folder = make_lora_folder(tmp_path / "head")
+    weights = folder / "adapter_model.safetensors"
+    # As long a name as the one that it replaces: the header's length stands before it.
+    weights.write_bytes(
+        weights.read_bytes().replace(b"model.model.layers.0.self_attn.q_proj.", b"model.lm_head." + b"default." * 3)
+    )
+    answer = add("artifact:" + publish(database, storage, folder, "head", "adapter", base=base))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "adapter_not_servable")
+    assert "output layer" in answer.json()["error"]["message"]
+
+
 def test_then_deploy_needs_no_merge(api: TestClient, file_id: str, base: str) -> None:
     body = {
         "type": "train",
@@ -298,7 +347,7 @@ def test_rows_go_with_their_deployment(
 ) -> None:
     add(adapter())
     with database.write() as session:
-        assert repository.transition(session, deployment, DeploymentState.FAILED)
+        assert said(session, deployment, DeploymentState.FAILED)
     with database.read() as session:
         assert session.scalars(select(DeploymentAdapter)).all() == []
         assert session.get_one(Deployment, deployment).status == "failed"

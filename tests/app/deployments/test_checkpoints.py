@@ -62,10 +62,29 @@ def test_it_is_loaded_when_it_is_first_asked_for(
     ready_names = list(rows)
     ready(deployment, *ready_names)
     route = router.route_for("line:ckpt-step-10", PROJECT)
-    assert (route.socket, route.served_name) == ("/run/s", "line:ckpt-step-10")
+    assert (route.targets[0].socket, route.served_name) == ("/run/s", "line:ckpt-step-10")
     assert "line:ckpt-step-10" in [entry["id"] for entry in api.get("/v1/models").json()["data"]]
     for name in ready_names:
         assert api.delete(f"/deployments/{deployment}/adapters/{name}").status_code == 200
+
+
+def test_one_that_can_be_asked_is_a_model_before_it_is_loaded(
+    api: TestClient, run: Callable[..., str], deployment: str, ready: Any
+) -> None:
+    """Some clients look a model up before they chat."""
+    job_id = run("line", 5)
+    ready(deployment)
+    shown = api.get("/v1/models/line:ckpt-step-5")
+    assert shown.status_code == 200
+    base = api.get(f"/deployments/{deployment}").json()["name"]
+    expected = {"id": "line:ckpt-step-5", "object": "model", "root": job_id, "parent": base, "status": "evicted"}
+    assert expected.items() <= shown.json().items()
+    assert api.get(f"/deployments/{deployment}/adapters").json()["data"] == [], "looking loads nothing"
+    assert api.get("/v1/models/line:ckpt-step-6").status_code == 404
+    api.delete(f"/deployments/{deployment}")
+    gone = api.get("/v1/models/line:ckpt-step-5")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
+    assert "POST /deployments" in gone.json()["error"]["hint"]
 
 
 @on_sqlite

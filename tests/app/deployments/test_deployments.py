@@ -10,16 +10,17 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from app.db import Database
-from app.deployments import repository
-from app.deployments.service import Router
+from app.deployments import replicas
+from app.deployments.routes import Route, Router, Target
 from app.discovery import discover
 from app.errors import NotFound, Unavailable
 from app.jobs import claims
-from app.models import Deployment, Job, now
+from app.models import Deployment, Job
 from app.queue import SilentDoorbell
 from app.reconciler import Reconciler, reap
 from app.settings import Settings
 from app.states import DEPLOYMENT_MOVES, DeploymentState
+from tests.deployed import engine_of, said
 from tests.support import make_adapter_folder, on_sqlite
 
 QUEUED, STARTING, READY, UNHEALTHY, SLEEPING, STOPPED, FAILED = DeploymentState
@@ -40,7 +41,7 @@ def deploy(api: TestClient, models: Path) -> Callable[..., dict[str, Any]]:
 def move(database: Database) -> Callable[..., bool]:
     def move(deployment_id: str, to: DeploymentState, **options: Any) -> bool:
         with database.write() as session:
-            return repository.transition(session, deployment_id, to, **options)
+            return said(session, deployment_id, to, **options)
 
     return move
 
@@ -71,7 +72,17 @@ def test_a_deployment_and_its_replica(api: TestClient, deploy: Any, claim: Any, 
     # A replica is a job, hidden unless it is asked for.
     assert api.get("/jobs").json()["data"] == []
     (replica,) = api.get("/jobs?type=serve").json()["data"]
-    assert row["replicas"] == [{"id": replica["id"], "status": "queued", "started_at": None}]
+    assert row["replicas"] == [
+        {
+            "id": replica["id"],
+            "status": "queued",
+            "generation": 1,
+            "retiring": False,
+            "restarts": 0,
+            "started_at": None,
+        }
+    ]
+    assert (row["generation"], row["coming"]) == (1, None)
     job = claim()
     assert job is not None
     assert job.id == replica["id"]
@@ -86,6 +97,88 @@ def test_what_cannot_be_served(api: TestClient, models: Path) -> None:
     (models / "none").mkdir()
     answer = api.post("/deployments", json={"name": "a", "model": str(models / "none")})
     assert answer.status_code == 400
+
+
+@pytest.mark.parametrize("field", ["tool_call_parser", "reasoning_parser"])
+@pytest.mark.parametrize("value", ["", "my_parser", "/tmp/plugin.py", "hermes --middleware=os", "HERMES", 3, None])
+@on_sqlite
+def test_only_vllms_own_parsers_can_be_named(api: TestClient, models: Path, field: str, value: Any) -> None:
+    body = {"name": "a", "model": str(models / "tiny"), field: value}
+    for answer in (api.post("/deployments", json=body), api.post("/jobs", json={"type": "deploy", **body})):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, field), error
+    plugin = {"name": "a", "model": str(models / "tiny"), "tool_parser_plugin": "/tmp/plugin.py"}
+    assert api.post("/deployments", json=plugin).json()["error"]["code"] == "unknown_field"
+
+
+@pytest.mark.parametrize("field", ["tool_call_parser", "reasoning_parser"])
+@on_sqlite
+def test_a_parser_that_the_engine_does_not_have(api: TestClient, models: Path, field: str) -> None:
+    body = {"name": "a", "model": str(models / "tiny"), "engine": "transformers", field: "mistral"}
+    for answer in (api.post("/deployments", json=body), api.post("/jobs", json={"type": "deploy", **body})):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "conflicting_fields", field)
+        assert "engine: vllm" in error["hint"]
+    for engine, value in (("transformers", "none"), ("transformers", "auto"), ("vllm", "mistral"), ("auto", "mistral")):
+        answer = api.post("/deployments", json={**body, "name": f"{engine}-{value}", "engine": engine, field: value})
+        assert (answer.status_code, answer.json()["options"][field]) == (201, value)
+
+
+@on_sqlite
+def test_fewer_bits_are_asked_for_by_vllms_names(api: TestClient, models: Path) -> None:
+    body = {"name": "a", "model": str(models / "tiny"), "quantization": "fp8_per_block"}
+    answer = api.post("/deployments", json={**body, "engine": "transformers"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "conflicting_fields")
+    assert answer.json()["error"]["param"] == "quantization"
+    for wrong in ("gguf", "", "fp8 --middleware=os", 8):
+        answer = api.post("/deployments", json={**body, "quantization": wrong})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "quantization")
+    answer = api.post("/deployments", json={**body, "engine": "vllm"})
+    assert (answer.status_code, answer.json()["options"]["quantization"]) == (201, "fp8_per_block")
+
+
+@on_sqlite
+def test_gpus_may_be_asked_for_as_jobs_ask_for_them(api: TestClient, models: Path, database: Database) -> None:
+    """In a deployment, in a change of one and in a job; it is the same as ``tensor_parallel_size``."""
+    body = {"name": "a", "model": str(models / "tiny"), "resources": {"gpus": 2}}
+    made = api.post("/deployments", json=body).json()
+    assert made["options"]["tensor_parallel_size"] == 2
+    with database.read() as session:
+        assert session.get_one(Job, made["replicas"][0]["id"]).gpus == 2
+    answer = api.patch(f"/deployments/{made['id']}", json={"resources": {"gpus": 4}})
+    assert answer.json()["coming"]["options"]["tensor_parallel_size"] == 4
+    job = api.post("/jobs", json={"type": "deploy", **body, "name": "b"}).json()
+    assert job["resolved_spec"]["tensor_parallel_size"] == 2
+    plain = api.post("/jobs", json={"type": "deploy", "name": "c", "model": body["model"], "tensor_parallel_size": 2})
+    assert plain.json()["resolved_spec"]["tensor_parallel_size"] == 2
+    for more in ({"tensor_parallel_size": 1}, {"resources": {"gpus": 0}}, {"resources": {"gpus": 9}}):
+        for answer in (
+            api.post("/deployments", json={**body, "name": "d", **more}),
+            api.post("/jobs", json={"type": "deploy", **body, "name": "d", **more}),
+        ):
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "resources.gpus"), answer.text
+
+
+@on_sqlite
+def test_memory_of_gpus_may_be_asked_for(api: TestClient, models: Path, database: Database) -> None:
+    """Its engines' jobs wait for such a GPU as a training job does; null takes it back."""
+    body = {"name": "a", "model": str(models / "tiny"), "resources": {"min_vram_gb": 80}}
+    made = api.post("/deployments", json=body).json()
+    assert (made["options"]["min_vram_gb"], made["options"]["tensor_parallel_size"]) == (80, 1)
+    with database.read() as session:
+        assert session.get_one(Job, made["replicas"][0]["id"]).min_vram_gb == 80
+    for change, kept in (({"resources": {"min_vram_gb": 40}}, 40), ({"min_vram_gb": None}, None)):
+        answer = api.patch(f"/deployments/{made['id']}", json=change)
+        assert answer.json()["coming"]["options"]["min_vram_gb"] == kept
+    job = api.post("/jobs", json={"type": "deploy", **body, "name": "b"}).json()
+    assert job["resolved_spec"]["min_vram_gb"] == 80
+    for more, param in (
+        ({"min_vram_gb": 24}, "resources.min_vram_gb"),
+        ({"resources": None, "min_vram_gb": 0}, "min_vram_gb"),
+        ({"resources": {"min_vram_gb": -1}}, "resources.min_vram_gb"),
+    ):
+        answer = api.post("/deployments", json={**body, "name": "d", **more})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
 
 
 def test_a_name_is_served_once(api: TestClient, deploy: Any, models: Path, move: Any) -> None:
@@ -131,8 +224,8 @@ def test_stopping_one_that_runs_asks_its_worker(
 ) -> None:
     row = deploy()
     job = claim()
-    assert move(row["id"], STARTING, replica=job.id)
-    assert move(row["id"], READY, replica=job.id, socket="/s", ready_at=now())
+    assert move(row["id"], STARTING)
+    assert move(row["id"], READY, socket="/s")
     assert api.delete(f"/deployments/{row['id']}").status_code == 200
     assert api.get(f"/deployments/{row['id']}").json()["desired"] == "stopped"
     with database.read() as session:
@@ -154,10 +247,10 @@ def test_the_gateway_finds_only_what_answers(
     with pytest.raises(Unavailable) as caught:
         router.route_for("support", "proj-default")
     assert caught.value.retry_after
-    move(row["id"], STARTING, replica=job.id)
-    move(row["id"], READY, replica=job.id, socket="/run/s")
+    move(row["id"], STARTING)
+    move(row["id"], READY, socket="/run/s")
     route = router.route_for("support", "proj-default")
-    assert (route.socket, route.served_name, route.deployment_id) == ("/run/s", "support", row["id"])
+    assert route == Route((Target(job.id, "/run/s"),), "support", row["id"])
     with pytest.raises(NotFound):
         router.route_for("support", "proj-other")
     move(row["id"], FAILED)
@@ -170,14 +263,15 @@ def test_the_moves_that_are_allowed(deploy: Any, database: Database, move: Any) 
     for origin in DeploymentState:
         for to in DeploymentState:
             with database.write() as session:
+                engine_of(session, row["id"]).status = origin
                 session.get_one(Deployment, row["id"]).status = origin
             assert move(row["id"], to) == (to in DEPLOYMENT_MOVES[origin] or to == origin), (origin, to)
 
 
-def test_another_replicas_word_counts_nothing(deploy: Any, claim: Any, move: Any) -> None:
-    row = deploy()
-    claim()
-    assert not move(row["id"], STARTING, replica="job-of-before")
+def test_the_word_of_one_that_is_unknown_counts_nothing(deploy: Any, database: Database) -> None:
+    deploy()
+    with database.write() as session:
+        assert not replicas.move(session, "job-of-before", STARTING)
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
@@ -186,8 +280,8 @@ def test_a_replica_whose_worker_fell_silent(
 ) -> None:
     row = deploy()
     job = claim()
-    move(row["id"], STARTING, replica=job.id)
-    move(row["id"], READY, replica=job.id, socket="/s")
+    move(row["id"], STARTING)
+    move(row["id"], READY, socket="/s")
     if cancelled:
         api.delete(f"/deployments/{row['id']}")
     with database.write() as session:
@@ -195,7 +289,7 @@ def test_a_replica_whose_worker_fell_silent(
     shown = api.get(f"/deployments/{row['id']}").json()
     assert shown["status"] == ("stopped" if cancelled else "queued")
     with database.read() as session:
-        assert session.get_one(Deployment, row["id"]).socket is None
+        assert engine_of(session, row["id"]).socket is None
 
 
 # Deploy jobs
@@ -220,11 +314,11 @@ def test_a_deploy_job_ends_with_the_first_ready(
     assert api.get(f"/jobs/{job_id}").json()["status"] == "running"
     (row,) = api.get("/deployments").json()["data"]
     assert (row["name"], row["options"]["max_model_len"]) == ("support", 512)
-    replica = claim()
-    move(row["id"], STARTING, replica=replica.id)
+    claim()
+    move(row["id"], STARTING)
     reconciler.tick()
     assert api.get(f"/jobs/{job_id}").json()["status"] == "running"
-    move(row["id"], READY, replica=replica.id, socket="/s")
+    move(row["id"], READY, socket="/s")
     reconciler.tick()
     job = api.get(f"/jobs/{job_id}").json()
     assert job["status"] == "succeeded"

@@ -13,12 +13,13 @@ from typing import Any, get_args
 
 import httpx
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
 from app import http
 from app.aliases.traffic import Split
-from app.deployments.service import Route
-from app.deps import Server
+from app.deployments.manners import Manner
+from app.deployments.routes import Route, Target
+from app.deps import Server, presented
 from app.errors import Code, NotFound, Unavailable
 from app.gateway.desk import Desk
 from app.gateway.limits import Limiter
@@ -30,6 +31,12 @@ from app.usage.meter import Meter
 
 HELLO: list[Any] = [{"role": "user", "content": "hi"}]
 FAKE_ENGINE = Path(__file__).parents[2] / "workers" / "fake_engine.py"
+
+
+def to(*sockets: str, served: str = "served-name", deployment: str = "dep-1") -> Route:
+    """A route to engines on these sockets."""
+    targets = tuple(Target(f"{deployment}-{number}", socket) for number, socket in enumerate(sockets))
+    return Route(targets, served, deployment)
 
 
 class Engine:
@@ -83,7 +90,8 @@ class Gateway:
         self.engine = engine
         self.looked_up: list[tuple[str, str]] = []
         self.starting = False
-        self.has_tools = True
+        self.manner = Manner()
+        self.keys: set[str | None] = set()
         self.limits = KeyLimits()
         self.split: Split | None = None
         self.counted: list[dict[str, Any]] = []
@@ -93,9 +101,7 @@ class Gateway:
         app.add_middleware(http.Guard, settings=Settings())
         app.include_router(router)
         app.dependency_overrides[find_route] = lambda: self.find
-        app.dependency_overrides[get_args(Server)[1].dependency] = lambda: Caller(
-            "p1", "k1", frozenset({"serve"}), self.limits
-        )
+        app.dependency_overrides[get_args(Server)[1].dependency] = self._caller
         config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1, ws="none")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
@@ -105,10 +111,15 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        engines = EngineClient(lambda _: self.has_tools, lambda: self.clock())
+        engines = EngineClient(self, lambda: self.clock())
         app.state.desk = Desk(engines, Limiter(), Counting(self.counted))
         async with app.state.desk.open():
             yield
+
+    def _caller(self, request: Request) -> Caller:
+        """Whoever it is; what was sent as a key is kept."""
+        self.keys.add(presented(request.headers))
+        return Caller("p1", "k1", frozenset({"serve"}), self.limits)
 
     def find(self, model: str, project_id: str) -> Route | Split:
         """In place of the database."""
@@ -119,7 +130,15 @@ class Gateway:
             raise Unavailable("starting", retry_after=5, code=Code.MODEL_NOT_READY)
         if model not in ("served-name", "alias"):
             raise NotFound(f"the model {model} is not being served", param="model", code=Code.MODEL_NOT_FOUND)
-        return Route(self.engine.socket, "served-name", "dep-1")
+        return to(self.engine.socket)
+
+    def remembered(self, route: Route) -> Manner | None:
+        """Never: each request looks again."""
+        return None
+
+    def look_up(self, route: Route) -> Manner:
+        """In place of rows and files."""
+        return self.manner
 
     def close(self) -> None:
         """Stops the server."""

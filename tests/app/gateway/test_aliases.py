@@ -10,7 +10,7 @@ import pytest
 
 from app.aliases.traffic import Split
 from app.deployments.service import Route
-from tests.app.gateway.doubles import HELLO, Engine, Gateway
+from tests.app.gateway.doubles import HELLO, Engine, Gateway, to
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def other() -> Iterator[Engine]:
 
 
 def routes(gateway: Gateway, other: Engine) -> tuple[Route, Route]:
-    return Route(gateway.engine.socket, "served-name", "dep-1"), Route(other.socket, "served-name", "dep-2")
+    return to(gateway.engine.socket), to(other.socket, deployment="dep-2")
 
 
 def test_a_user_stays_on_one_side_and_no_user_is_split_by_request(gateway: Gateway, other: Engine) -> None:

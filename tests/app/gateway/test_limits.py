@@ -1,6 +1,7 @@
 """Limits of a key: 429 with what to do about it; counted in Redis, and here when that is away."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -8,7 +9,10 @@ import httpx
 import openai  # noqa: TID253  (slow to import, which only matters in the service)
 import pytest
 
+from app.aliases.traffic import Split
+from app.deployments.routes import Route
 from app.errors import TooManyRequests
+from app.gateway import waking
 from app.gateway.limits import Limiter, Permit
 from app.projects.caller import Caller, KeyLimits
 from tests.app.gateway.doubles import HELLO, Gateway, wait_for
@@ -49,6 +53,27 @@ def test_requests_a_minute(gateway: Gateway) -> None:
     assert "2 requests a minute" in error["message"]
     assert third.headers["x-request-id"].startswith("req_")
     assert len(gateway.engine.requests()) == 2
+
+
+def test_a_stream_that_waits_for_its_engine_tells_them_too(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waking, "QUIET_SECONDS", 0.01)
+    there = threading.Event()
+    find = gateway.find
+
+    def late(model: str, project_id: str) -> Route | Split:
+        assert there.wait(20)
+        return find(model, project_id)
+
+    monkeypatch.setattr(gateway, "find", late)
+    gateway.limits = KeyLimits(requests_per_minute=2)
+    with httpx.stream(
+        "POST", f"{gateway.url}/v1/chat/completions", json={**BODY, "stream": True}, timeout=20
+    ) as answer:
+        assert answer.headers["x-ratelimit-remaining-requests"] == "1"
+        lines = answer.iter_lines()
+        assert next(lines).startswith(": "), "its engine is not there yet"
+        there.set()
+        assert list(lines)[-2] == "data: [DONE]"
 
 
 def test_the_openai_client_knows_the_error(client: openai.OpenAI, gateway: Gateway) -> None:

@@ -1,13 +1,20 @@
 """Embeddings, Responses and Messages: what they take, and what an engine without them says."""
 
 import json
+import typing
 from typing import Any
 
 import openai  # noqa: TID253  (slow to import, which only matters in the service)
 import pytest
+from openai.types import completion_create_params as completion_params  # noqa: TID253
+from openai.types import embedding_create_params as embedding_params  # noqa: TID253
+from openai.types.chat import completion_create_params as chat_params  # noqa: TID253
+from openai.types.responses import response_create_params as response_params  # noqa: TID253
 
+from app.deployments.manners import Manner
 from app.gateway.more_schemas import EmbeddingsRequest, MessagesRequest, ResponsesRequest
 from app.gateway.requests import EngineRequest
+from app.gateway.schemas import ChatRequest, CompletionRequest
 from tests.app.gateway.doubles import HELLO, Gateway, wait_for
 
 GOOD: dict[str, tuple[type[EngineRequest], dict[str, Any]]] = {
@@ -63,15 +70,36 @@ def test_a_body_that_lacks_something(shared: Gateway, path: str) -> None:
         (
             "responses",
             {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "background": False}
-            | {"previous_response_id": None, "conversation": None, "stream_options": {"include_obfuscation": True}},
+            | {"previous_response_id": None, "conversation": None, "stream_options": {"include_obfuscation": True}}
+            | {"access_programs": ["x"], "background_options": {"window": "2h"}, "image": {"detail": "low"}},
         ),
-        ("messages", {"metadata": {"user_id": "me"}, "service_tier": "auto", "container": None}),
+        (
+            "messages",
+            {"metadata": {"user_id": "me"}, "service_tier": "auto", "container": None, "workspace_id": "w"}
+            | {"cache_control": {"type": "ephemeral"}, "inference_geo": "eu", "speed": "fast", "user_profile_id": "u"},
+        ),
     ],
 )
 def test_what_has_no_effect_is_dropped(path: str, quiet: dict[str, Any]) -> None:
     kind, body = GOOD[path]
     expected = {**body, "model": "engine's", **({"store": False} if path == "responses" else {})}
     assert json.loads(kind.parse(json.dumps({**body, **quiet}).encode()).body_for("engine's")) == expected
+
+
+@pytest.mark.parametrize(
+    ("params", "ours"),
+    [
+        (chat_params.CompletionCreateParamsBase, ChatRequest),
+        (completion_params.CompletionCreateParamsBase, CompletionRequest),
+        (embedding_params.EmbeddingCreateParams, EmbeddingsRequest),
+        (response_params.ResponseCreateParamsBase, ResponsesRequest),
+    ],
+)
+def test_every_field_of_the_installed_client_is_known(params: Any, ours: type[EngineRequest]) -> None:
+    """Passed on, ignored, or refused with what to do instead; never a name that nobody has heard of."""
+    names = set(typing.get_type_hints(params))
+    assert len(names) >= 5
+    assert names - set(ours.model_fields) - set(ours.refused) == set()
 
 
 @pytest.mark.parametrize("path", list(GOOD))
@@ -115,7 +143,27 @@ def test_a_stream_of_messages_that_breaks_off_ends_with_an_error_of_their_kind(g
     body = {"model": "alias", "messages": [{"role": "user", "content": "breaks"}], "max_tokens": 5, "stream": True}
     text = gateway.post(body, "messages").text
     last = text.strip().split("\n\n")[-1]
-    assert last.startswith('event: error\ndata: {"type": "error", "error": {"type": "server_error"')
+    kind, data = last.split("\n")
+    told = json.loads(data.removeprefix("data: "))
+    assert (kind, told["type"], told["error"]["type"]) == ("event: error", "error", "api_error")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind"),
+    [
+        ({"model": "nobody", "messages": HELLO, "max_tokens": 5}, 404, "not_found_error"),
+        ({"model": "alias", "messages": HELLO}, 400, "invalid_request_error"),
+        ({"model": "alias", "messages": [{"role": "user", "content": "x" * (10 << 20)}]}, 413, "invalid_request_error"),
+    ],
+)
+def test_an_error_of_messages_has_anthropics_frame(
+    shared: Gateway, body: dict[str, Any], status: int, kind: str
+) -> None:
+    answer = shared.post(body, "messages")
+    assert (answer.status_code, answer.json()["type"], answer.json()["error"]["type"]) == (status, "error", kind)
+    assert answer.json()["error"]["code"], "and what all errors have"
+    assert answer.headers["request-id"] == answer.headers["x-request-id"] == answer.json()["request_id"]
+    assert "type" not in shared.post(body).json(), "OpenAI's have none"
 
 
 def test_the_request_id_reaches_the_engine(gateway: Gateway) -> None:
@@ -126,7 +174,7 @@ def test_the_request_id_reaches_the_engine(gateway: Gateway) -> None:
 
 
 def test_tools_where_nobody_can_read_their_calls(gateway: Gateway) -> None:
-    gateway.has_tools = False
+    gateway.manner = Manner(reads_tools=False)
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
     flat = {"type": "function", "name": "look", "parameters": {"type": "object"}}
     bodies: dict[str, dict[str, Any]] = {
@@ -140,6 +188,6 @@ def test_tools_where_nobody_can_read_their_calls(gateway: Gateway) -> None:
         assert (response.status_code, error["code"], error["param"]) == (400, "tools_not_supported", "tools")
     assert gateway.engine.requests() == []
     assert gateway.post({"model": "alias", "messages": HELLO, "tools": []}).status_code == 200
-    gateway.has_tools = True
+    gateway.manner = Manner()
     for path, body in bodies.items():
         assert gateway.post({"model": "alias", **body}, path).status_code == 200

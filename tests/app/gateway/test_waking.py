@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ from app.deployments.service import Route
 from app.errors import Code, NotFound, Unavailable
 from app.gateway import waking
 from app.gateway.waking import Late, awake, within
+from tests.app.gateway.doubles import to
 
-ROUTE = Route("/s", "m", "dep-1")
+ROUTE = to("/s", served="m")
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +75,6 @@ def test_after_its_time_it_is_503_with_the_time_to_come_back() -> None:
     assert (caught.value.code, caught.value.status, caught.value.retry_after) == ("model_waking", 503, 5)
 
 
-PERMIT = SimpleNamespace(headers={})
-
-
 class Upstream:
     """An answer of two events."""
 
@@ -95,13 +92,13 @@ class Upstream:
 def test_a_stream_is_not_silent_while_it_waits() -> None:
     async def run() -> list[bytes]:
         coming: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        found, _ = await within(coming, 0.01)
+        found = await within(coming, 0.01)
         assert isinstance(found, Late)
         pieces = []
         async for piece in found.events():
             pieces.append(piece)
             if len(pieces) == 3:
-                coming.set_result((Upstream(), PERMIT))
+                coming.set_result(Upstream())
         return pieces
 
     pieces = asyncio.run(run())
@@ -139,7 +136,7 @@ def test_a_client_that_leaves_ends_it() -> None:
         assert coming.cancelled()
         there: asyncio.Future[Any] = loop.create_future()
         upstream = Upstream()
-        there.set_result((upstream, PERMIT))
+        there.set_result(upstream)
         Late(there, anthropic=False).end()
         assert upstream.aborted
 

@@ -1,6 +1,7 @@
 """A job that no worker has a slot for says so, and stops saying so once there is one."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from app.discovery import discover
 from app.jobs import claims, repository
 from app.jobs.placement import ON_A_GPU
 from app.jobs.repository import Move
-from app.models import Job, Slot, Worker
+from app.models import Job, Slot, Worker, now
 from app.queue import SilentDoorbell
 from app.reconciler import Reconciler
 from app.settings import Settings
@@ -70,7 +71,7 @@ def test_a_gpu_slot_takes_what_trains(
 
 def add_worker(database: Database, *classes: str) -> None:
     with database.write() as session:
-        session.add(Worker(id="w", host="h", pid=1))
+        session.add(Worker(id="w", host="h", pid=1, seen_at=now() + timedelta(hours=1)))  # for as long as a test lasts
         session.flush()
         session.add_all(Slot(worker_id="w", slot_id=f"{name}-0", slot_class=name) for name in classes)
 
@@ -90,7 +91,7 @@ def history(api: TestClient, job_id: str) -> list[dict[str, Any]]:
 
 def add_gpus(database: Database, worker_id: str, *vram: float) -> None:
     with database.write() as session:
-        session.add(Worker(id=worker_id, host=worker_id, pid=1))
+        session.add(Worker(id=worker_id, host=worker_id, pid=1, seen_at=now() + timedelta(hours=1)))
         session.flush()
         session.add(Slot(worker_id=worker_id, slot_id="light-0", slot_class="light"))
         for gpu, size in enumerate(vram):

@@ -12,9 +12,15 @@ from sqlalchemy import select, update
 from app.db import Database
 from app.jobs import claims
 from app.models import Job, Slot, Worker, now
+from tests.conftest import BACKENDS
 from tests.machines import Machine
 
 Add = Callable[..., str]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def test_memory_that_a_gpu_must_have(machine: Any, train: Add) -> None:

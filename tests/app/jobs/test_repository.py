@@ -14,11 +14,17 @@ from app.jobs import claims, repository
 from app.jobs.repository import Move
 from app.models import Job, Slot, now
 from app.states import JOB_MOVES, JobState
+from tests.conftest import BACKENDS
 
 Claim = Callable[..., Job | None]
 Add = Callable[..., str]
 Row = Callable[[str], Job]
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = JobState
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def test_a_claim_makes_the_job_running_and_takes_the_slot(

@@ -63,6 +63,14 @@ def test_presets(api: TestClient, spec: dict[str, Any], peft: dict[str, Any], ex
 
 
 @on_sqlite
+@pytest.mark.parametrize("preset", [{}, [], ["balanced"], 1, "bold"])
+def test_what_is_no_preset(api: TestClient, spec: dict[str, Any], preset: Any) -> None:
+    spec["model"]["peft_config"] = {"preset": preset}
+    answer = api.post("/jobs", json=spec)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model.peft_config.preset")
+
+
+@on_sqlite
 def test_a_name_is_made_up(api: TestClient, spec: dict[str, Any]) -> None:
     del spec["experiment_name"]
     name = api.post("/jobs", json=spec).json()["experiment_name"]

@@ -7,6 +7,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.db import Database
+from app.errors import Unauthorized
+from app.models import ApiKey, now
 from app.projects.caller import KeyLimits
 from app.projects.service import KeyRing
 from tests.support import on_sqlite
@@ -24,6 +26,10 @@ from tests.support import on_sqlite
         ({"name": "x", "tokens_per_minute": 2**31}, "tokens_per_minute"),
         ({"name": "x", "concurrent_requests": 1.5}, "concurrent_requests"),
         ({"name": "x", "rpm": 1}, "rpm"),
+        ({"name": "x", "expires_at": "tomorrow"}, "expires_at"),
+        ({"name": "x", "expires_at": "2100-01-01T00:00:00"}, "expires_at"),
+        ({"name": "x", "expires_at": "2001-01-01T00:00:00Z"}, "expires_at"),
+        ({"name": "x", "expires_at": 4102444800}, "expires_at"),
     ],
 )
 def test_what_no_key_can_be(api: TestClient, body: dict[str, Any], param: str) -> None:
@@ -50,6 +56,21 @@ def test_a_key_is_made_limited_and_revoked(api: TestClient, database: Database) 
     assert api.delete(f"/keys/{key_id}").json() == {"id": key_id, "object": "key", "deleted": True}
     answer = api.post("/v1/chat/completions", headers={"authorization": f"Bearer {key}"}, json={})
     assert answer.status_code == 401
+
+
+def test_a_key_that_ends_by_itself(api: TestClient, database: Database) -> None:
+    made = api.post("/keys", json={"name": "guest", "expires_at": "2100-01-01T02:00:00+02:00"})
+    assert made.status_code == 201, made.text
+    key, key_id = made.json()["key"], made.json()["id"]
+    assert made.json()["expires_at"] == "2100-01-01T00:00:00Z"
+    assert KeyRing(database).check(f"Bearer {key}").key_id == key_id
+    with database.write() as session:
+        session.get_one(ApiKey, key_id).expires_at = now()
+    with pytest.raises(Unauthorized):
+        KeyRing(database).check(f"Bearer {key}")
+    past = api.post("/keys", json={"name": "late", "expires_at": "2001-01-01T00:00:00Z"}).json()["error"]["message"]
+    assert past == "expires_at: it lies in the past"
+    assert api.post("/keys", json={"name": "for ever", "expires_at": None}).json()["expires_at"] is None
 
 
 @on_sqlite

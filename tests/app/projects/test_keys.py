@@ -1,10 +1,12 @@
 """Keys: seen once, stored as a hash, refused when revoked, expired or not quite right."""
 
+import logging
 import re
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from sqlalchemy import select
 
 from app.db import Database
@@ -97,3 +99,53 @@ def test_a_busy_key_is_looked_up_by_one_request_while_the_others_go_on(
     assert ring.remembered(header) == (None, False)
     for wrong in (None, "", "Basic x", "Bearer ", f"Bearer {key}x"):
         assert ring.remembered(wrong) == (None, False)
+
+
+@pytest.fixture
+def bare(api: TestClient) -> TestClient:
+    """Sends no key by itself."""
+    del api.headers["authorization"]
+    return api
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("method", "path", "let_in"),
+    [
+        ("POST", "/v1/messages", (400, "invalid_json")),
+        ("POST", "/v1/chat/completions", (400, "invalid_json")),
+        ("GET", "/v1/models", (200, None)),
+        ("GET", "/jobs", (200, None)),
+        ("GET", "/openapi.json", (200, None)),
+    ],
+)
+def test_a_key_may_come_as_anthropics_clients_send_it(
+    bare: TestClient, key: str, method: str, path: str, let_in: tuple[int, str | None]
+) -> None:
+    def asked(*headers: tuple[str, str]) -> tuple[int, str | None]:
+        raw = [(name.encode(), value.encode()) for name, value in headers]
+        answer = bare.request(method, path, headers=raw, content=b"{" if method == "POST" else None)
+        return answer.status_code, (answer.json().get("error") or {}).get("code")
+
+    good, bad = ("x-api-key", key), ("x-api-key", "ts_x_y")
+    assert asked(good, ("anthropic-version", "2023-06-01")) == let_in
+    assert asked(good, ("authorization", f"Bearer {key}")) == let_in
+    assert asked(bad, ("authorization", f"Bearer {key}")) == let_in, "Authorization counts"
+    assert asked(good, ("authorization", "Bearer ts_x_y"))[0] == 401
+    for wrong in (key[:-1], f"Bearer {key}", f"{key} ü", "ts_x_y"):
+        assert asked(("x-api-key", wrong))[0] == 401, wrong
+    assert asked(good, good) == asked() == (401, "missing_api_key")
+
+
+@on_sqlite
+def test_a_key_is_in_no_log_and_no_answer(bare: TestClient, key: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    said = []
+    for sent, status in ((key, 400), (key + "x", 401)):
+        for body in (b"{", b'{"model": "m"}'):
+            answer = bare.post("/v1/messages", headers={"x-api-key": sent}, content=body)
+            assert answer.status_code == status
+            said.append(answer.text)
+    secret = key.split("_", 2)[2]
+    assert secret not in caplog.text
+    assert secret not in "".join(said)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from app.catalog import EngineLaunch
+from app.engines import EngineLaunch
 from app.specs import DeploymentOptions
 from workers.engines.transformers import engine
 

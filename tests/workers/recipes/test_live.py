@@ -200,9 +200,29 @@ def test_one_at_a_time_and_whoever_left_is_not_answered(
 def test_an_answer_has_its_cap() -> None:
     assert parse("/v1/chat/completions", json.dumps({**ASKED, "max_tokens": 100_000}).encode()).tokens == MOST_TOKENS
     parts = [{"role": "user", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "7"}]}]
-    assert (
-        parse("/v1/chat/completions", json.dumps({**ASKED, "messages": parts}).encode()).messages[0]["content"] == "17"
-    )
+    (turn,) = parse("/v1/chat/completions", json.dumps({**ASKED, "messages": parts}).encode()).messages
+    assert turn["content"] == "1\n7", "as vLLM joins them"
+
+
+@pytest.mark.parametrize(
+    ("field", "changes", "quiet"),
+    [
+        ("presence_penalty", 0.5, 0),
+        ("frequency_penalty", -0.5, 0.0),
+        ("repetition_penalty", 1.2, 1.0),
+        ("top_k", 5, -1),
+        ("min_p", 0.1, 0),
+        ("logit_bias", {"1": 5}, {}),
+        ("stop_token_ids", [1], []),
+        ("skip_special_tokens", False, True),
+        ("response_format", {"type": "json_object"}, {"type": "text"}),
+    ],
+)
+def test_what_would_change_the_answer_is_never_ignored(field: str, changes: Any, quiet: Any) -> None:
+    with pytest.raises(Refused, match=f"{field} is not possible"):
+        parse("/v1/chat/completions", json.dumps({**ASKED, field: changes}).encode())
+    for value in (quiet, None):
+        assert parse("/v1/chat/completions", json.dumps({**ASKED, field: value}).encode()).tokens == 4
 
 
 def test_who_waits_when_the_run_ends_is_told(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from workers.replicas import ReplicaSupervision
 from workers.supervisor import House
 
 PROJECT = "proj-default"
+SLOTS = ("serve-0", "serve-1")
 
 
 @pytest.fixture
@@ -42,11 +43,12 @@ def house(settings: Settings, database: Database, storage: Storage, key: str) ->
     with database.write() as session:
         session.add(Worker(id="w1", host="h", pid=os.getpid()))
         session.flush()
-        session.add(Slot(worker_id="w1", slot_id="serve-0", slot_class="serve"))
+        session.add_all(Slot(worker_id="w1", slot_id=slot, slot_class="serve") for slot in SLOTS)
     house = House(settings, database, storage, discover(("tests.plugs",)), SilentDoorbell(), "w1", threading.Event())
     yield house
     house.stopping.set()
-    kill_holders_of_slot(settings.instance, "serve-0")
+    for slot in SLOTS:
+        kill_holders_of_slot(settings.instance, slot)
 
 
 @pytest.fixture
@@ -78,7 +80,10 @@ def adapter(database: Database, storage: Storage, base: str, tmp_path: Path) -> 
 class Serving:
     """A deployment whose replica is claimed and supervised by threads of this process, again and again."""
 
-    def __init__(self, api: TestClient, house: House, **body: Any) -> None:
+    def __init__(
+        self, api: TestClient, house: House, before: Callable[[str], object] = lambda _: None, **body: Any
+    ) -> None:
+        """``before``: is told the id of the replica before anybody claims it."""
         self.api = api
         self.house = house
         self.router = Router(house.database, self.ring)
@@ -86,17 +91,25 @@ class Serving:
         assert answer.status_code == 201, answer.text
         self.id = answer.json()["id"]
         self.job_id = answer.json()["replicas"][0]["id"]
+        before(self.job_id)
+        self.tokens: list[str] = []
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._serve, args=(slot,)) for slot in SLOTS]
+        for thread in self._threads:
+            thread.start()
 
-    def _serve(self) -> None:
+    @property
+    def token(self) -> str:
+        """Of the attempt that began last."""
+        return self.tokens[-1]
+
+    def _serve(self, slot: str) -> None:
         while not self._over.is_set():
             with self.house.database.write() as session:
-                job = claims.claim(session, "w1", "serve-0", ["serve"])
+                job = claims.claim(session, "w1", slot, ["serve"])
             if job is not None:
-                self.token = token_of(self.house.settings, job, "serve-0")
-                ReplicaSupervision(self.house, job, "serve-0").run()
+                self.tokens.append(token_of(self.house.settings, job, slot))
+                ReplicaSupervision(self.house, job, slot).run()
             self._over.wait(0.05)
 
     def ring(self) -> None:
@@ -123,11 +136,16 @@ class Serving:
     def asks(self, model: str) -> int:
         """The status of a completion by the route that the gateway would take."""
         route = self.router.route_for(model, PROJECT)
-        connection = UnixConnection(route.socket, 5)
+        connection = UnixConnection(route.targets[0].socket, 5)
         connection.request("POST", "/v1/completions", json.dumps({"model": route.served_name, "prompt": "x"}))
         status = connection.getresponse().status
         connection.close()
         return status
+
+    def engines(self) -> list[int]:
+        """Pids of the engines of all its attempts; what an engine forked has a group of its own or the engine's."""
+        found = [pid for token in tuple(self.tokens) for pid in processes_with_token(token)]
+        return [pid for pid in found if _is_engine(pid)]
 
     def codes(self) -> list[str]:
         with self.house.database.read() as session:
@@ -137,9 +155,25 @@ class Serving:
     def close(self) -> None:
         self._over.set()
         self.api.delete(f"/deployments/{self.id}")
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-        assert processes_with_token(self.token) == []
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert [pid for token in self.tokens for pid in processes_with_token(token)] == []
+
+
+def _is_engine(pid: int) -> bool:
+    try:
+        return os.getpgid(pid) == pid and "fake_engine" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine is looked at several times a second instead of four times a minute."""
+    plain = replicas._attempt
+    quick = {"probe_seconds": 0.2, "probe_timeout": 0.5, "busy_seconds": 2.0}
+    monkeypatch.setattr(replicas, "_attempt", lambda *given: plain(*given) | quick)
 
 
 @pytest.fixture

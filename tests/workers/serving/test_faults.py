@@ -3,15 +3,17 @@
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 
+from app.catalog import Catalog
 from app.processes import processes_with_token
-from app.storage import Storage
 from tests.support import wait_for
 from tests.workers.serving.conftest import Serving
+from workers.supervisor import House
 
 
 def ended(serving: Serving, status: str = "failed") -> None:
@@ -27,6 +29,30 @@ def test_one_that_exits_at_once_is_a_crash_loop_with_the_end_of_its_log(serve: C
     assert error["code"] == "engine_crash_loop"
     assert "the weights are damaged" in error["hint"]
     assert serving.codes().count("engine_died") == 4
+
+
+@pytest.mark.parametrize(("field", "value"), [("reasoning_parser", "qwen3"), ("quantization", "mxfp8")])
+def test_what_the_engine_turns_out_not_to_have(
+    serve: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch, field: str, value: str
+) -> None:
+    """``engine: auto`` passes the check of the request; which engine it is, the worker knows."""
+    monkeypatch.setattr(Catalog, "check_engine", lambda *_: None)
+    serving = serve(**{field: value})
+    ended(serving)
+    error = serving.shown()["last_error"]
+    assert (error["code"], field in error["message"]) == ("conflicting_fields", True)
+
+
+def test_fewer_bits_are_made_on_a_gpu_alone(
+    serve: Callable[..., Serving], house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = house.catalog.engines["pretend"]
+    monkeypatch.setitem(house.catalog.engines, "pretend", replace(engine, quantizes=True))
+    monkeypatch.setattr(Catalog, "check_engine", lambda *_: None)
+    serving = serve(quantization="fp8_per_tensor")
+    ended(serving)
+    error = serving.shown()["last_error"]
+    assert (error["code"], "there is none here" in error["message"]) == ("conflicting_fields", True)
 
 
 @pytest.mark.parametrize("mode", ["lies", "never_ready"])
@@ -81,15 +107,6 @@ def test_starting_twice_is_one_engine(serve: Callable[..., Serving], api: TestCl
         pid for pid in processes_with_token(serving.token) if "fake_engine" in Path(f"/proc/{pid}/cmdline").read_text()
     ]
     assert len(engines) == 1
-
-
-def test_a_model_that_was_altered_is_not_started(serve: Callable[..., Serving], base: str, storage: Storage) -> None:
-    (storage.artifact_dir(base) / "model.safetensors").write_bytes(b"something else")
-    serving = serve()
-    wait_for(lambda: serving.shown()["status"] == "failed")
-    error = serving.shown()["last_error"]
-    assert error["code"] == "model_invalid"
-    assert "model.safetensors" in error["message"]
 
 
 def test_kill_9_of_the_process_that_keeps_the_engine(serve: Callable[..., Serving]) -> None:

@@ -11,9 +11,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.errors import Conflict, NotFound, Unavailable
-from app.models import Deployment
 from app.processes import processes_with_token
 from app.storage import Storage
+from tests.deployed import engine_of
 from tests.support import wait_for
 from tests.workers.serving.conftest import PROJECT, Serving
 from workers.keeper import differ
@@ -41,7 +41,7 @@ def test_an_adapter_is_loaded_while_the_engine_serves_and_taken_off_again(
         serving.router.route_for("support", PROJECT)
     serving.ring()
     wait_for(lambda: "adapter_unloaded" in serving.codes())
-    connection = UnixConnection(route.socket, 5)
+    connection = UnixConnection(route.targets[0].socket, 5)
     connection.request("POST", "/v1/completions", json.dumps({"model": "support", "prompt": "x"}))
     assert connection.getresponse().status == 404
     connection.close()
@@ -81,7 +81,7 @@ def test_one_that_was_altered_is_not_loaded(
     assert serving.add(f"artifact:{artifact}", name="again").status_code == 201
     wait_for(lambda: serving.ring() or serving.statuses()["again"] == "failed")
     shown = next(entry for entry in serving.shown()["adapters"] if entry["name"] == "again")
-    assert "adapter_config.json differ from the manifest" in shown["error"]["message"]
+    assert "not as published: adapter_config.json" in shown["error"]["message"]
 
 
 def test_the_least_recently_used_is_put_away_and_comes_back_when_it_is_asked_for(
@@ -107,14 +107,14 @@ def test_after_the_engines_death_all_are_there_again(
     serving = serve(adapters=["artifact:" + adapter("one"), "artifact:" + adapter("two")])
     serving.ready("one", "two")
     with house.database.read() as session:
-        socket = str(session.get_one(Deployment, serving.id).socket)
+        socket = str(engine_of(session, serving.id).socket)
     victims = [
         pid for pid in processes_with_token(serving.token) if "fake_engine" in Path(f"/proc/{pid}/cmdline").read_text()
     ]
     os.kill(victims[0], signal.SIGKILL)
     wait_for(lambda: serving.shown()["restarts"] == 1)
     serving.ready("one", "two")
-    assert serving.router.route_for("one", PROJECT).socket != socket
+    assert serving.router.route_for("one", PROJECT).targets[0].socket != socket
     assert serving.asks("one") == serving.asks("two") == 200
 
 
@@ -160,17 +160,21 @@ def test_an_engine_that_nobody_uses_ends_and_the_next_request_brings_it_back(
 
 
 def test_an_engine_that_is_busy_stays(serve: Callable[..., Serving], quick_sleep: None, house: House) -> None:
-    serving = serve(idle_timeout=1)
+    serving = serve(idle_timeout=4)  # long enough to be told that it is busy
     serving.ready()
     with house.database.read() as session:
-        running = Path(str(session.get_one(Deployment, serving.id).socket) + ".running")
+        running = Path(str(engine_of(session, serving.id).socket) + ".running")
     running.write_text("1")
-    keeper = next(thread for thread in threading.enumerate() if thread.name.startswith("keeper-"))
+    keeper = wait_for(keeper_thread)  # it begins a moment after the row says that the engine answers
     began = keeper._quiet_since  # type: ignore[attr-defined]
     wait_for(lambda: keeper._quiet_since > began)  # type: ignore[attr-defined]
     assert serving.shown()["status"] == "ready"
     running.unlink()
     wait_for(lambda: asleep(serving))
+
+
+def keeper_thread() -> threading.Thread | None:
+    return next((thread for thread in threading.enumerate() if thread.name.startswith("keeper-")), None)
 
 
 def test_a_request_that_comes_while_it_ends_finds_it_again(
