@@ -43,7 +43,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """What waits for real processes runs once more before it fails, and the summary names it (docs/decisions)."""
     if config.getoption("--measured") is None:
         for item in items:
-            if any(item.get_closest_marker(name) for name in ("fault", "e2e", "browser")):
+            marked = any(item.get_closest_marker(name) for name in ("fault", "e2e", "browser"))
+            module = getattr(item, "module", None)  # those that wait with a bound have this of tests.support
+            if marked or hasattr(module, "wait_for") or item.path.parent.name == "supervision":
                 item.add_marker(pytest.mark.flaky(reruns=1))
 
 
