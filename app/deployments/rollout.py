@@ -3,7 +3,8 @@
 The new engines start beside the old ones. Once all of them can answer, with the adapters that the old ones have,
 requests go to them in one step; the old ones finish what they were asked and end. Until then nothing changes for
 anybody, and a new engine that fails leaves everything as it was. Where there is no slot beside the old ones, they go
-one by one, the last one excepted, and then as many new engines as there are old ones left are enough for the step.
+one by one, the last one excepted, and then as many new engines as there are old ones left are enough for the step; if
+the new ones fail after that, others like the old ones start in the place of those that went.
 """
 
 import logging
@@ -108,10 +109,12 @@ def _step(session: Session, row: Deployment) -> bool:
         return True
     serving = [one for one in scene.old if not one.retiring]
     answering = [one for one in serving if one.status in replicas.ANSWER]
+    # One that sleeps or starts anew has served, and will again; one that never did is nobody's loss.
+    served = [one for one in serving if one.ready_at is not None]
     whole = [one for one in scene.new if _counts(session, scene, one)]
     crowded = _crowded(session, scene)
     enough = len(whole) >= scene.options.replicas or (crowded and 0 < len(whole) >= len(answering))
-    if scene.new and (enough or not answering):
+    if scene.new and (enough or not served):
         _take_over(session, scene)
         return True
     if crowded and len(answering) > 1:
@@ -211,7 +214,7 @@ def _give_up(session: Session, scene: _Scene, error: dict[str, Any]) -> None:
     log.warning("deployment %s: the replacement failed: %s", row.id, error.get("code"))
     _end_coming(session, row, "The replacement failed.")
     row.last_error = {**error, "message": f"the replacement failed, {row.model} is still served: {error['message']}"}
-    session.flush()
+    scale(session, row, row.options["replicas"])
 
 
 def _end_coming(session: Session, row: Deployment, why: str) -> None:

@@ -160,7 +160,9 @@ class Router:
 
 
 def _targets(engines: Sequence[DeploymentReplica]) -> tuple[Target, ...]:
-    return tuple(Target(one.id, one.socket) for one in engines if one.socket is not None)
+    """Those that are well; while none is, those that missed a probe."""
+    well = [one for one in engines if one.status == DeploymentState.READY]
+    return tuple(Target(one.id, one.socket) for one in well or engines if one.socket is not None)
 
 
 def waking(model: str) -> Unavailable:

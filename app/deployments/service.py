@@ -132,7 +132,8 @@ def change(
     changed = {name for name in options if options[name] != wished["options"].get(name)}
     if model != wished["model"] or changed - {"replicas"} or (changed and row.coming):
         rollout.begin(session, row, model, artifact_id, options)
-    elif changed:
+    elif row.coming is None and "replicas" in fields:
+        # Also when that many were asked for before: one that gave up gets a successor.
         rollout.scale(session, row, options["replicas"])
     session.refresh(row)
     return _shown(session, settings.base_url, [row])[0]

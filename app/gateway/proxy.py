@@ -45,6 +45,9 @@ _MAX_ENGINES = 256
 _MAX_ROUTES = 1024
 _SMALL = 64 << 10
 _PLAIN = Manner()
+FAILING_SECONDS = 5.0
+"""So long an engine that failed is asked after all others: one that fails at once never has much to do."""
+_FAILED = (500, 502, 503, 504)
 # Below uvicorn's 5 s, so that a connection is never used at the moment when the engine closes it.
 _KEEP_ALIVE = 2.0
 
@@ -56,6 +59,7 @@ class Engine:
         self.socket = socket
         self.outstanding = 0
         self.turn = 0
+        self.failed_at = float("-inf")
         self.session = aiohttp.ClientSession(
             connector=aiohttp.UnixConnector(socket, limit=0, keepalive_timeout=_KEEP_ALIVE),
             # No limit on the whole: a long answer takes as long as it takes, and a hanging engine is killed.
@@ -113,7 +117,7 @@ class EngineClient:
                 tally.model = route.served_name
                 try:
                     content = body.body_for(route.served_name, manner.template)
-                    response, engine = await self._ask(path, content, route, request_id)
+                    response, engine, first = await self._ask(path, content, route, request_id, body.streamed)
                 except aiohttp.ClientConnectorError as error:
                     # Nothing was sent: another target of the alias may take it.
                     unreachable = error
@@ -126,7 +130,12 @@ class EngineClient:
                     response.close()
                     engine.done()
                     break
-                return await self._answered(response, engine, path, body, project_id, route, tally)
+                if response.status != 200:
+                    engine.done()
+                    if response.status == 404:
+                        self._forget(body.model, project_id)
+                    raise await refusals.refusal(response, path, body)
+                return Upstream(response, body, route.served_name, tally, engine.done, first)
             # The engines may have been started anew since the route was learned.
             self._forget(body.model, project_id)
             if last:
@@ -134,41 +143,49 @@ class EngineClient:
         raise AssertionError("unreachable")
 
     async def _ask(
-        self, path: str, content: bytes, route: Route, request_id: str
-    ) -> tuple[aiohttp.ClientResponse, Engine]:
-        """The engine of a route that has least to do answers; if it is gone the next one does.
+        self, path: str, content: bytes, route: Route, request_id: str, streamed: bool
+    ) -> tuple[aiohttp.ClientResponse, Engine, bytes]:
+        """The engine of a route that has least to do answers; if it fails or is gone the next one does.
 
-        Raises what came of the last one.
+        Returns the answer and, of a stream, its first piece: an engine sends the head of a stream before it has read
+        the prompt, and while there is no piece nobody has seen anything. Raises what came of the last engine.
         """
+        now = self._clock()
         engines = [await self._engine(target) for target in route.targets]
-        engines.sort(key=lambda engine: (engine.outstanding, engine.turn))
+        engines.sort(key=lambda one: (now < one.failed_at + FAILING_SECONDS, one.outstanding, one.turn))
         for engine in engines:
-            engine.begin(next(self._turns))
+            last = engine is engines[-1]
             try:
-                return await self._send(path, content, engine, request_id), engine
-            except BaseException as error:
-                engine.done()
-                # One that died before the first byte of its answer, too: nobody has seen anything of it yet.
-                if engine is engines[-1] or not isinstance(error, aiohttp.ClientError | OSError):
+                response, first = await self._try(path, content, engine, request_id, streamed)
+            except (aiohttp.ClientError, OSError):
+                if last:
                     raise
+                continue
+            if last or response.status not in _FAILED:
+                return response, engine, first
+            response.close()
+            engine.done()
         raise AssertionError("a route has a target")
 
-    async def _answered(
-        self,
-        response: aiohttp.ClientResponse,
-        engine: Engine,
-        path: str,
-        body: EngineRequest,
-        project_id: str,
-        route: Route,
-        tally: Tally,
-    ) -> Upstream:
-        if response.status != 200:
+    async def _try(
+        self, path: str, content: bytes, engine: Engine, request_id: str, streamed: bool
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """One engine's answer and its first piece; the engine counts it as outstanding until ``done``."""
+        engine.begin(next(self._turns))
+        response = None
+        try:
+            response = await self._send(path, content, engine, request_id)
+            first = await _first(response) if streamed and response.status == 200 else b""
+        except BaseException as error:
+            if isinstance(error, aiohttp.ClientError | OSError):
+                engine.failed_at = self._clock()
+            if response is not None:
+                response.close()
             engine.done()
-            if response.status == 404:
-                self._forget(body.model, project_id)
-            raise await refusals.refusal(response, path, body)
-        return Upstream(response, body, route.served_name, tally, engine.done)
+            raise
+        if response.status in _FAILED:
+            engine.failed_at = self._clock()
+        return response, first
 
     async def _manner(self, route: Route, body: EngineRequest) -> Manner:
         """Raises BadRequest for tools that the model does not call."""
@@ -250,3 +267,10 @@ class EngineClient:
 
     def _forget(self, model: str, project_id: str) -> None:
         self._routes.pop((project_id, model), None)
+
+
+async def _first(response: aiohttp.ClientResponse) -> bytes:
+    """A stream's first piece. Raises ServerDisconnectedError for a stream without any."""
+    if piece := await response.content.readany():
+        return piece
+    raise aiohttp.ServerDisconnectedError("it hung up before the first piece")

@@ -34,8 +34,11 @@ class Upstream:
         served_name: str,
         tally: Tally,
         done: Callable[[], None] = lambda: None,
+        first: bytes = b"",
     ) -> None:
+        """``done`` is called once, at the end; ``first`` is what of a stream has been read already."""
         self._response = response
+        self._first = first
         self._body = body
         self._tally = tally
         self._done: Callable[[], None] | None = done
@@ -69,7 +72,7 @@ class Upstream:
         """The server-sent events, whole ones only; ends with an error event when the engine breaks off."""
         rest, last = b"", b""
         try:
-            async for data in self._response.content.iter_any():
+            async for data in self._pieces():
                 self._tally.first_byte()
                 block, end, rest = (rest + data).rpartition(b"\n\n")
                 if not end:
@@ -82,6 +85,12 @@ class Upstream:
         if not last.startswith(self._body.endings):
             self._tally.failed = True
             yield refusals.as_event(refusals.broke_off(), anthropic=self._body.anthropic) + b"\n\n"
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        if self._first:
+            yield self._first
+        async for data in self._response.content.iter_any():
+            yield data
 
     def _passed(self, block: bytes) -> bytes:
         """Whole events, without the separator after the last of them. Most have nothing that is looked for."""

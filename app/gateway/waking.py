@@ -43,7 +43,7 @@ class Late:
     async def events(self) -> AsyncIterator[bytes]:
         """Never silent for longer than ``QUIET_SECONDS`` before the first event."""
         while not self._coming.done():
-            yield b": the model is being woken\n\n"
+            yield b": the model has not begun to answer\n\n"
             await asyncio.wait({self._coming}, timeout=QUIET_SECONDS)
         try:
             upstream = self._coming.result()

@@ -4,10 +4,11 @@
 hangs (every completion after the first, and then /health too), busy (completions wait while the file
 ``<socket>.busy`` exists), lies (/health 200, completions 500), leaks (a double-forked child in a session of its own),
 stubborn (ignores SIGTERM), flaky (completions 500 while the file ``<socket>.sick`` exists),
-dies_mid_stream (closes a stream after two chunks), bad_request, slow_stream (a chunk every 50 ms, for ever),
+dies_mid_stream (closes a stream after two chunks), dies_unheard (after its head), bad_request,
+slow_stream (a chunk every 50 ms, for ever),
 dies (at the 10th completion),
 insomniac (refuses to sleep), clings (sleeps, and frees no memory), sleepy_head (sleeps, and does not wake),
-moody (as ok, but the word in the prompt picks one of the last three modes).
+moody (as ok, but a word in the prompt picks one of these modes).
 
 ``--also``: it has /v1/embeddings, /v1/responses and /v1/messages too.
 It loads LoRA adapters as vLLM does: a folder with a file ``refuse`` is refused, one with a file ``idle`` changes no
@@ -151,7 +152,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.mode != "moody":
             return self.server.mode
         text = json.dumps(body.get("messages") or body.get("prompt"))
-        return next((m for m in ("dies_mid_stream", "bad_request", "slow_stream", "lies") if m in text), "ok")
+        moods = ("dies_mid_stream", "dies_unheard", "bad_request", "slow_stream", "lies")
+        return next((mood for mood in moods if mood in text), "ok")
 
     def _other(self, body: dict[str, Any]) -> None:
         """The other routes, each as small as its clients can read it."""
@@ -215,6 +217,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             words = iter(WORDS) if mode != "slow_stream" else iter(lambda: " again", None)
             for number, word in enumerate(words):
+                if mode == "dies_unheard":
+                    self.close_connection = True
+                    return
                 if mode == "dies_mid_stream" and number == 2:
                     time.sleep(0.2)  # else the break may overtake the words before it
                     self.close_connection = True

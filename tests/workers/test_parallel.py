@@ -198,7 +198,7 @@ def test_ranks_end_together(runs: Runs, api: TestClient, end: str) -> None:
         ranks = set(runs.ranks(job_id))
         if end == "killed":
             os.kill(max(ranks), signal.SIGKILL)
-            # It got on since it began, so it is tried again at once (its count anew: 1), maybe before it is seen to wait.
+            # It got on since it began, so it is tried again at once, maybe before it is seen to wait, and counts anew.
             wait_for(lambda: runs.row(job_id).state in ("failed", "queued") or runs.row(job_id).fence > 1, 45)
         else:
             assert api.post(f"/jobs/{job_id}/cancel").status_code == 202

@@ -95,13 +95,37 @@ def test_what_does_not_serve_is_replaced_at_once(stage: Stage, model: str, other
     stage.tick()
     shown = stage.shown()
     assert (shown["status"], shown["model"], len(shown["replicas"])) == ("queued", other, 1)
-    (one,) = stage.start()
-    stage.sleep(one)
-    stage.patch(model=model)
+
+
+@pytest.mark.parametrize("why", ["asleep", "restarting"])
+def test_what_served_stays_until_the_new_one_can(stage: Stage, model: str, other: str, why: str) -> None:
+    """One that sleeps, or has just died, comes back; a new one that fails must not end it."""
+    stage.create(model, idle_timeout=60)
+    (old,) = stage.start()
+    if why == "asleep":
+        stage.sleep(old)
+    else:
+        stage.say(old, QUEUED, socket=None, restarts=1)
+    before = stage.shown()["status"]
+    stage.patch(model=other)
+    stage.tick()
+    (new,) = stage.engines(2)
+    stage.say(new, STARTING)
+    stage.tick()
+    stage.say(new, FAILED, last_error={"code": "engine_crash_loop", "message": "it died", "hint": None})
     stage.tick()
     shown = stage.shown()
-    assert (shown["status"], shown["model"]) == ("queued", model)
-    assert stage.states()[one] == "stopped"
+    assert (shown["status"], shown["model"], shown["coming"]) == (before, model, None)
+    assert shown["last_error"]["code"] == "engine_crash_loop"
+    stage.patch(model=other)
+    (again,) = stage.engines(3)
+    stage.say(again, STARTING)
+    stage.say(again, READY, socket="/run/again")
+    stage.tick()
+    assert stage.route() == {again}
+    if why == "restarting":
+        stage.end(old)
+    assert (stage.shown()["model"], stage.states()[old]) == (other, "stopped")
 
 
 def test_without_a_slot_beside_them_the_old_ones_make_room(
@@ -120,6 +144,35 @@ def test_without_a_slot_beside_them_the_old_ones_make_room(
     assert {entry["id"] for entry in stage.shown()["replicas"] if entry["retiring"]} == {one, two}
     (second,) = stage.start()
     assert stage.route() == {first, second}
+
+
+def test_old_ones_that_made_room_in_vain_get_successors(
+    stage: Stage, model: str, other: str, crowded: None, database: Database
+) -> None:
+    stage.create(model, replicas=3)
+    old = set(stage.start(3))
+    stage.patch(model=other)
+    stage.tick()
+    left = stage.route()
+    assert len(left & old) == 2, "one made room"
+    new = stage.claim()
+    stage.say(new, FAILED, last_error={"code": "engine_crash_loop", "message": "it died", "hint": None})
+    stage.tick()
+    shown = stage.shown()
+    assert (shown["model"], shown["coming"], shown["last_error"]["code"]) == (model, None, "engine_crash_loop")
+    (third,) = stage.start()
+    assert stage.route() == left | {third}, "as many as before"
+
+
+def test_the_same_number_again_replaces_one_that_gave_up(stage: Stage, model: str) -> None:
+    stage.create(model, replicas=2)
+    one, two = stage.start(2)
+    stage.say(two, FAILED, last_error={"code": "engine_crash_loop", "message": "it died", "hint": None})
+    stage.patch(max_model_len=None)
+    assert len(stage.engines(1)) == 1, "nothing was asked for"
+    stage.patch(replicas=2)
+    (again,) = stage.start()
+    assert stage.route() == {one, again}
 
 
 def test_a_replacement_that_finds_no_slot_is_given_up(

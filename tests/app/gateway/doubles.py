@@ -47,12 +47,12 @@ class Engine:
         self._count = 0
         self.start()
 
-    def start(self, *, also: bool = True) -> None:
+    def start(self, *, also: bool = True, mode: str = "moody") -> None:
         """Starts it and waits until it listens; ``also``: with the routes beside chat and completions."""
         self._count += 1
         self.socket = str(self._folder / f"{self._count}.sock")
         self.log = self._folder / f"{self._count}.log"
-        arguments = [self.socket, "moody", f"--log={self.log}", "--served=served-name", *["--also"] * also]
+        arguments = [self.socket, mode, f"--log={self.log}", "--served=served-name", *["--also"] * also]
         self._process = subprocess.Popen([sys.executable, str(FAKE_ENGINE), *arguments], stdout=subprocess.DEVNULL)
         wait_for(Path(self.socket).exists)
 

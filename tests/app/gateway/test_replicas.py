@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from app.deployments.routes import Route
+from app.gateway.proxy import FAILING_SECONDS
 from tests.app.gateway.doubles import HELLO, Engine, Gateway, to, wait_for
 
 SLOW = [{"role": "user", "content": "slow_stream"}]
@@ -79,9 +80,10 @@ def test_what_failed_or_was_refused_is_over_too(gateway: Gateway, engines: list[
         for _ in range(3):
             answer = gateway.post({"model": "served-name", "messages": [{"role": "user", "content": word}]})
             assert answer.status_code == status
+    before = counts(engines)
     for _ in range(3):
         assert gateway.post({"model": "served-name", "messages": HELLO}).status_code == 200
-    assert counts(engines) == [3, 3, 3]
+    assert [after - one for one, after in zip(before, counts(engines), strict=True)] == [1, 1, 1]
 
 
 def test_one_that_is_gone_costs_no_request(gateway: Gateway, engines: list[Engine]) -> None:
@@ -106,6 +108,43 @@ def test_one_that_dies_before_its_first_word_costs_no_request(gateway: Gateway, 
     for thread in threads:
         thread.join(20)
     assert answers == [200] * 6
+
+
+def test_a_stream_whose_engine_dies_before_its_first_word_is_another_ones(
+    gateway: Gateway, engines: list[Engine]
+) -> None:
+    """The head of a stream is out before the prompt is read."""
+    engines[0].stop()
+    engines[0].start(mode="dies_unheard")
+    body = {"model": "served-name", "messages": HELLO, "stream": True}
+    answers = [gateway.post(body) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert all(answer.text.endswith("data: [DONE]\n\n") and '"error"' not in answer.text for answer in answers)
+    assert counts(engines)[0] == 1
+
+
+def test_a_stream_that_no_engine_begins_is_an_error(gateway: Gateway, engines: list[Engine]) -> None:
+    body = {"model": "served-name", "messages": [{"role": "user", "content": "dies_unheard"}], "stream": True}
+    answer = gateway.post(body)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (502, "server_error")
+    assert counts(engines) == [1, 1, 1]
+    assert gateway.counted[-1]["failed"], gateway.counted
+
+
+def test_one_that_fails_at_once_does_not_draw_the_traffic(gateway: Gateway, engines: list[Engine]) -> None:
+    """It never has anything to do; the one that is well is asked in its place, and from then on first."""
+    for engine in engines[1:]:
+        engine.stop()
+        engine.start(mode="lies")
+    now = [100.0]
+    gateway.clock = lambda: now[0]
+    answers = [gateway.post({"model": "served-name", "messages": HELLO}) for _ in range(12)]
+    assert [answer.status_code for answer in answers] == [200] * 12
+    assert counts(engines) == [12, 1, 1]
+    now[0] += FAILING_SECONDS
+    answers = [gateway.post({"model": "served-name", "messages": HELLO}) for _ in range(12)]
+    assert [answer.status_code for answer in answers] == [200] * 12
+    assert counts(engines) == [24, 2, 2], "now and then they are tried again"
 
 
 def test_one_that_dies_in_the_middle_of_an_answer_is_told_of(gateway: Gateway, engines: list[Engine]) -> None:
