@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator
 
 import uvicorn
 from fastapi import FastAPI
+from pydantic import ValidationError
 
 from app.broker import embedded_url
 from app.main import create_app
 from app.queue import Doorbell
 from app.reconciler import Reconciler
 from app.schema import Unusable, require_head
-from app.settings import BadRunDir, Settings
+from app.settings import BadRunDir, Settings, what_is_wrong
 from app.up import LISTEN_FD
 
 
@@ -64,9 +65,11 @@ def main() -> None:
         signal.signal(number, lambda *_: os._exit(0))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    settings = Settings()
     try:
+        settings = Settings()
         app = application(settings)
+    except ValidationError as error:
+        sys.exit(f"the API does not start: {what_is_wrong(error)}")
     except (Unusable, BadRunDir) as error:
         sys.exit(f"the API does not start: {error}")
     config = uvicorn.Config(

@@ -1,8 +1,12 @@
 """The ``tunesmith`` command."""
 
+import sys
+
 import typer
+from pydantic import ValidationError
 
 from app.commands import adapters, data, demo, diagnose, fleet, jobs, keys, models, processes, train
+from app.settings import Settings, what_is_wrong
 
 app = typer.Typer(
     name="tunesmith",
@@ -41,7 +45,12 @@ app.command("demo")(demo.demo)
 
 def main() -> None:
     """Entry point."""
-    app()
+    try:
+        app()
+    except ValidationError as error:
+        if error.title != Settings.__name__:
+            raise
+        sys.exit(f"error: {what_is_wrong(error)}")
 
 
 if __name__ == "__main__":

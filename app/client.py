@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
+from app.running import running_service
 from app.settings import Settings
-from app.up import running_service
 
 
 class ServiceError(Exception):

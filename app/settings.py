@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -189,6 +189,15 @@ class Settings(BaseSettings):
     def hosts(self) -> list[str]:
         """Host headers that are answered."""
         return list(self.allowed_hosts) or sorted({"127.0.0.1", "localhost", "[::1]", "testserver", self.host})
+
+
+def what_is_wrong(error: ValidationError) -> str:
+    """Each variable that cannot be used, and why; what it was set to is not repeated, it may be a secret."""
+    found = []
+    for problem in error.errors(include_url=False, include_input=False):
+        name = "_".join(str(part) for part in problem["loc"]).upper()
+        found.append(f"TUNESMITH_{name}: {problem['msg'].removeprefix('Value error, ')}")
+    return "; ".join(found)
 
 
 def parse_slots(text: str) -> list[tuple[str, str]]:

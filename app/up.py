@@ -1,7 +1,6 @@
 """``tunesmith up``: the whole service in the foreground. Starts broker, worker and API, and starts again what dies."""
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -12,48 +11,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import IO, Any
 
 from app.broker import NoBroker, embedded_command, embedded_url, last_words, only_server, wait_until_ready
 from app.processes import die_with_parent
 from app.projects.bootstrap import ensure_first_key
+from app.running import RUN_FILE, DataDirLock
 from app.schema import upgrade
 from app.settings import Settings
 from app.storage import write_private
 
-RUN_FILE = "service.json"
 LISTEN_FD = "TUNESMITH_LISTEN_FD"
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0)
 _STEADY = 60.0
 _HURRY = 5.0
 _PROBED = 1.0
 Say = Callable[[str], None]
-
-
-class AlreadyUp(RuntimeError):
-    """Another ``up`` holds this data directory."""
-
-
-class DataDirLock:
-    """One service a data directory. Waits ``patience`` seconds for a holder that may be gone soon."""
-
-    def __init__(self, settings: Settings, patience: float = 0.0) -> None:
-        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file: IO[str] = (settings.data_dir / "up.lock").open("w")
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError as error:
-                if time.monotonic() >= deadline:
-                    self._file.close()
-                    raise AlreadyUp(f"the service of {settings.data_dir} is already up") from error
-            time.sleep(0.05)
-
-    def release(self) -> None:
-        """Lets another ``up`` begin."""
-        self._file.close()
 
 
 def _anywhere(deaths: int) -> contextlib.AbstractContextManager[tuple[int, ...]]:
@@ -222,17 +194,6 @@ class Service:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
-
-
-def running_service(settings: Settings) -> dict[str, Any] | None:
-    """What the service of this data directory wrote about itself; None when it is not up."""
-    try:
-        DataDirLock(settings).release()
-    except AlreadyUp:
-        with contextlib.suppress(OSError, ValueError):
-            about: dict[str, Any] = json.loads((settings.data_dir / RUN_FILE).read_bytes())
-            return about
-    return None
 
 
 def _listen(host: str, port: int) -> socket.socket:

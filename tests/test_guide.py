@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from app.client import Client
+from app.running import running_service
 from app.settings import Settings
-from app.up import running_service
 from tests.guide import BASE, BLOCKS, SCRIPTS, needs_guide
 from tests.support import wait_for
 from tests.workers.conftest import conversation, make_model

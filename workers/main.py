@@ -14,6 +14,7 @@ from typing import Any
 
 from celery import bootsteps
 from celery.exceptions import SecurityWarning
+from pydantic import ValidationError
 from sqlalchemy import select, update
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -24,7 +25,7 @@ from app.models import Slot, Worker, now
 from app.queue import RING_TASK, Doorbell, make_celery
 from app.reconciler import Reconciler
 from app.schema import Unusable, require_head
-from app.settings import BadRunDir, Settings
+from app.settings import BadRunDir, Settings, what_is_wrong
 from app.storage import Storage
 from workers import guard
 from workers.child import environment
@@ -170,9 +171,11 @@ def _step(worker: SlotWorker) -> type[bootsteps.StartStopStep]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    from_environment = Settings()
     try:
+        from_environment = Settings()
         status = run(from_environment, from_environment.broker_url or embedded_url(from_environment))
+    except ValidationError as error:
+        sys.exit(f"the worker does not start: {what_is_wrong(error)}")
     except (Unusable, SlotTaken, BadRunDir) as error:
         sys.exit(f"the worker does not start: {error}")
     sys.exit(status)

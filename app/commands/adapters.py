@@ -105,10 +105,11 @@ def push(
 def import_model(
     path: Annotated[Path, typer.Argument(exists=True, help="A Hugging Face folder, or a .gguf file.")],
     name: Annotated[str, typer.Option(help="Name in the registry.")],
-    kind: str = "model",
+    kind: Annotated[folders.Kind | None, typer.Option(help="What it is; default what the folder's files say.")] = None,
     json: AsJson = False,
 ) -> None:
     """Registers a model or adapter that lies in a folder of this machine."""
+    kind = kind or folders.kind_of(path)
     spec = {"type": "import", "path": str(path.resolve()), "name": name, "kind": kind}
     with service_for(folders.readable([path])) as client:
         submitted(client, client.submit(spec), True, json)

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from num2words import num2words
 
 from app.client import Client, ServiceError
 from app.commands.embedded import started, told_to_stop
 from app.commands.show import as_json, fail, finished, follow, out
+from app.running import running_service
 from app.settings import Settings
-from app.up import running_service
 
 BASE_NAME = "SmolLM2-135M-Instruct"
 EXPERIMENT = "demo_spell_numbers"
@@ -198,6 +197,8 @@ def _messages(number: int) -> list[Any]:
 
 
 def _upload(client: Client, numbers: list[int]) -> str:
+    from num2words import num2words
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spell_numbers.jsonl"
         with path.open("w") as file:
@@ -255,6 +256,8 @@ def _stop(client: Client, deployment_id: str) -> None:
 
 
 def _score(report: Report, numbers: list[int], before: list[str], after: list[str]) -> None:
+    from num2words import num2words
+
     truth = [num2words(number) for number in numbers]
     report.base = sum(map(str.__eq__, before, truth)) / len(truth)
     report.tuned = sum(map(str.__eq__, after, truth)) / len(truth)

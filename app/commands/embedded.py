@@ -14,8 +14,8 @@ from typing import NoReturn
 from app.client import Client, ServiceError
 from app.commands.show import err, fail
 from app.processes import die_with_parent
+from app.running import AlreadyUp, DataDirLock, running_service
 from app.settings import Settings
-from app.up import AlreadyUp, DataDirLock, running_service
 
 _START_SECONDS = 60
 _MARGIN_SECONDS = 30

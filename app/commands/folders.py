@@ -9,12 +9,14 @@ import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from app.client import Client, ServiceError
 from app.commands.show import err, fail, finished
 from app.settings import Settings
 from app.storage import MANIFEST, Storage, sha256_of
+
+Kind = Literal["model", "adapter"]
 
 _MARKS = ("/", "./", "../", "~")
 
@@ -96,8 +98,7 @@ def _imported(client: Client, folder: Path) -> str:
     for job in known["data"]:
         if job["status"] == "succeeded" and _is_there(client, job["artifact_ids"][0]):
             return str(job["artifact_ids"][0])
-    kind = "adapter" if (folder / "adapter_config.json").exists() else "model"
-    name = name_of(folder)
+    kind, name = kind_of(folder), name_of(folder)
     err.print(f"{folder} is imported as {name}", markup=False, style="dim")
     spec = {"type": "import", "path": str(folder), "name": name, "kind": kind}
     job = client.submit({**spec, "metadata": {"source": _state_of(folder)}})
@@ -106,6 +107,11 @@ def _imported(client: Client, folder: Path) -> str:
     job = client.call("GET", f"/jobs/{job['id']}")
     finished(client, job)
     return str(job["artifact_ids"][0])
+
+
+def kind_of(folder: Path) -> Kind:
+    """What lies there by its files."""
+    return "adapter" if (folder / "adapter_config.json").exists() else "model"
 
 
 def _state_of(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """``tunesmith deploy``, ``deployments`` and ``chat``."""
 
 import time
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -8,7 +9,7 @@ import yaml
 
 from app.client import Client
 from app.commands import folders
-from app.commands.show import as_json, err, finished, follow, out, service, table
+from app.commands.show import as_json, err, fail, finished, follow, out, service, table
 
 group = typer.Typer(help="Models being served.", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
@@ -149,29 +150,38 @@ def chat(
     from openai import OpenAI, OpenAIError
 
     with service() as found:
-        client = OpenAI(base_url=f"{found.url}/v1", api_key=found.key)
+        url, key = f"{found.url}/v1", found.key
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
-    while True:
-        try:
-            text = prompt if prompt is not None else input("> ")
-        except (EOFError, KeyboardInterrupt):
-            return
-        messages.append({"role": "user", "content": text})
-        answer = ""
-        try:
-            for chunk in client.chat.completions.create(
-                model=model, messages=messages, max_tokens=max_tokens, stream=True
-            ):
-                piece = (chunk.choices[0].delta.content or "") if chunk.choices else ""
-                answer += piece
-                print(piece, end="", flush=True)
-        except OpenAIError as error:
-            out.print(f"error: {error}", markup=False, style="red")
-            raise typer.Exit(1) from error
-        print()
-        messages.append({"role": "assistant", "content": answer})
-        if prompt is not None:
-            return
+    with OpenAI(base_url=url, api_key=key) as client:
+        while True:
+            try:
+                text = prompt if prompt is not None else input("> ")
+            except (EOFError, KeyboardInterrupt):
+                return
+            messages.append({"role": "user", "content": text})
+            try:
+                answer = _said(
+                    client.chat.completions.create(model=model, messages=messages, max_tokens=max_tokens, stream=True)
+                )
+            except OpenAIError as error:
+                print(flush=True)  # what it has said so far keeps its line
+                body = getattr(error, "body", None)
+                said = body if isinstance(body, dict) else {}
+                fail(str(said.get("message") or error), said.get("hint"))
+            messages.append({"role": "assistant", "content": answer})
+            if prompt is not None:
+                return
+
+
+def _said(chunks: Iterable[Any]) -> str:
+    """Prints an answer as it comes."""
+    answer = ""
+    for chunk in chunks:
+        piece = (chunk.choices[0].delta.content or "") if chunk.choices else ""
+        answer += piece
+        print(piece, end="", flush=True)
+    print()
+    return answer
 
 
 def _side_by_side(models: list[str], prompt: str | None, system: str | None, max_tokens: int) -> None:

@@ -8,15 +8,14 @@ from typing import Annotated
 
 import typer
 
-from app import schema
 from app.commands.show import as_json, fail, out
-from app.projects.bootstrap import ensure_first_key
 from app.settings import Settings
-from app.up import Service
 
 
 def up() -> None:
     """The whole service in the foreground: API, worker, broker, database. Ctrl-C stops it."""
+    from app.up import Service  # noqa: PLC0415  # and with it all that the other commands do not need
+
     try:
         status = Service(Settings(), lambda text: print(text, flush=True)).run()
     except RuntimeError as error:
@@ -39,6 +38,9 @@ def migrate(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Brings the database to this program's schema; a new database gets its first API key."""
+    from app import schema  # noqa: PLC0415
+    from app.projects.bootstrap import ensure_first_key  # noqa: PLC0415
+
     settings = Settings()
     if not check:
         try:

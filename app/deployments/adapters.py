@@ -155,11 +155,12 @@ def check_free(session: Session, project_id: str, name: str) -> None:
     """A model name leads to one thing. Raises Conflict."""
     taken = repository.live_by_name(session, project_id, name)
     if taken is not None:
+        ends = taken.desired == Desired.STOPPED
         raise Conflict(
-            f"a deployment named {name} is {taken.status}",
+            f"a deployment named {name} is {'being stopped' if ends else taken.status}",
             param="name",
             code=Code.NAME_TAKEN,
-            hint=f"Choose another name, or DELETE /deployments/{taken.id} first.",
+            hint="Try again in a moment." if ends else f"Choose another name, or DELETE /deployments/{taken.id} first.",
         )
     found = loaded.by_name(session, project_id, name)
     if found is not None:

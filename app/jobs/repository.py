@@ -163,16 +163,21 @@ def _release_children(session: Session, job_id: str) -> None:
 def _cancel_children(session: Session, job_id: str) -> None:
     """T18: what waited for this job can never run; nor can what waits for that."""
     children = session.scalars(select(JobDependency.job_id).where(JobDependency.parent_id == job_id)).all()
+    if not children:
+        return
+    detail = session.scalar(select(Job.error_detail).where(Job.id == job_id)) or {}
+    why = f"{job_id} did not succeed: {detail['message']}" if detail.get("message") else f"{job_id} did not succeed."
+    hint = detail.get("hint") or "Mend and resubmit that job."
     for child in children:
         move = Move(
             JobState.CANCELLED,
             "dependency_failed",
-            f"Cancelled, because {job_id} did not succeed.",
+            f"Cancelled, because {why}",
             level="warn",
             data={"parent": job_id},
             values={
                 "error_code": "dependency_failed",
-                "error_detail": {"message": f"{job_id} did not succeed.", "hint": "Mend and resubmit that job."},
+                "error_detail": {"message": why, "hint": hint},
             },
         )
         transition(session, child, JobState.QUEUED, move)

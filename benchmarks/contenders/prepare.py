@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from num2words import num2words
-
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from app.files.rows import read  # noqa: E402
@@ -39,6 +37,8 @@ def base_model(folder: Path) -> Path:
 
 def conversations(source: str) -> list[list[dict[str, Any]]]:
     """The demo's task, or the rows of a data file."""
+    from num2words import num2words
+
     if source == "numbers":
         return [
             [

@@ -29,6 +29,14 @@ from tests.deployed import add_deployment, engine_of
 from tests.support import GOOD_JSONL, make_lora_folder, make_model_folder, wait_for
 
 
+def test_a_command_begins_with_little() -> None:
+    """What only the service needs takes longer to import than any answer takes to come."""
+    heavy = ("alembic", "celery", "fastapi", "num2words", "openai", "redis", "sqlalchemy")
+    code = f"import sys, app.cli; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.fixture
 def backend() -> str:
     return "sqlite"
@@ -216,6 +224,10 @@ def test_models_side_by_side_and_what_that_used(
         assert result.exit_code == 0, result.output
         assert result.stdout.count("Hello there, friend.") == 2
         assert result.stdout.index("base (") < result.stdout.index("tuned (")
+        alone = cli("chat", "nobody", "--prompt", "hi")
+        assert (alone.exit_code, alone.stdout.strip()) == (1, "")
+        assert "error: the model 'nobody' is not being served" in " ".join(alone.stderr.split())
+        assert "hint: GET /v1/models lists what is" in " ".join(alone.stderr.split())
         failed = cli("chat", "base", "--vs", "nobody", "--prompt", "hi")
         assert failed.exit_code == 1
         assert "Hello there, friend." in failed.stdout

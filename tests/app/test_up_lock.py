@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from app.running import AlreadyUp, DataDirLock, running_service
 from app.settings import Settings
-from app.up import AlreadyUp, DataDirLock, Service, running_service
+from app.up import Service
 
 
 def test_up_waits_for_a_short_holder(tmp_path: Path) -> None:

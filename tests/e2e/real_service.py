@@ -9,8 +9,8 @@ from typing import Any
 
 from app.client import Client
 from app.processes import processes_of_instance
+from app.running import running_service
 from app.settings import Settings
-from app.up import running_service
 from tests.support import wait_for
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from app.running import running_service
 from app.settings import Settings
-from app.up import running_service
 from tests.support import wait_for
 
 pytestmark = [

@@ -16,8 +16,8 @@ from app.client import Client
 from app.db import Database
 from app.models import Job
 from app.processes import processes_of_instance
+from app.running import running_service
 from app.settings import Settings
-from app.up import running_service
 from tests.support import wait_for
 
 pytestmark = [

@@ -181,7 +181,7 @@ def test_memory_of_gpus_may_be_asked_for(api: TestClient, models: Path, database
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
 
 
-def test_a_name_is_served_once(api: TestClient, deploy: Any, models: Path, move: Any) -> None:
+def test_a_name_is_served_once(api: TestClient, deploy: Any, models: Path, move: Any, claim: Any) -> None:
     first = deploy()
     for answer in (
         api.post("/deployments", json={"name": "support", "model": str(models / "tiny")}),
@@ -193,7 +193,16 @@ def test_a_name_is_served_once(api: TestClient, deploy: Any, models: Path, move:
         assert (error["code"], error["param"]) == ("name_taken", "name")
         assert first["id"] in error["hint"]
     assert api.delete(f"/deployments/{first['id']}").status_code == 200
-    assert deploy()["id"] != first["id"]
+    second = deploy()
+    assert second["id"] != first["id"]
+    claim()
+    move(second["id"], STARTING)
+    api.delete(f"/deployments/{second['id']}")
+    error = api.post("/deployments", json={"name": "support", "model": str(models / "tiny")}).json()["error"]
+    assert (error["message"], error["hint"]) == (
+        "a deployment named support is being stopped",
+        "Try again in a moment.",
+    )
 
 
 def test_two_live_rows_of_one_name_cannot_be(deploy: Any, database: Database) -> None:
