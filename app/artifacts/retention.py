@@ -22,8 +22,8 @@ def expire(database: Database, storage: Storage, days: float, now: datetime) -> 
     """Deletes checkpoints of runs that ended more than ``days`` ago, but for the best of each; ids of what went.
 
     One that an unfinished job names, by its id or its folder, stays; so does one that a live deployment serves, or has
-    as an adapter, also where that was put away for the moment: it is loaded again when it is asked for. The row goes before the bytes: what is half
-    deleted is nobody's checkpoint any more. At most a few hundred a call.
+    as an adapter, also where that was put away for the moment: it is loaded again when it is asked for. The row goes
+    before the bytes: what is half deleted is nobody's checkpoint any more. At most a few hundred a call.
     """
     with database.write() as session:
         named = _named(session)
