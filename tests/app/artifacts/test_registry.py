@@ -250,6 +250,62 @@ def test_a_card_says_what_it_is_made_of(api: TestClient, left: Left, models: Pat
     assert api.get("/artifacts/art-0/card").status_code == 404
 
 
+@on_sqlite
+@pytest.mark.parametrize(
+    ("found", "said", "unsaid"),
+    [
+        (
+            {
+                "base": {"name": "org/other", "mismatch_allowed": True, "merged_into": "unquantised"},
+                "adapter": {"name": "support", "base": {"name": "org/tiny", "weights": "other"}},
+            },
+            [
+                "| base | org/other |",
+                "| another base was allowed | yes: `allow_base_mismatch` |",
+                "| adapter was trained on | org/tiny: other weights than the base's |",
+            ],
+            ["base rounded"],
+        ),
+        (
+            {
+                "base": {"name": "org/tiny", "mismatch_allowed": False, "merged_into": "nf4"},
+                "adapter": {
+                    "combined": [
+                        {"name": "tone", "base": {"name": None, "weights": "unknown"}},
+                        {"name": "words", "base": {"name": "org/tiny", "weights": "same"}},
+                    ]
+                },
+            },
+            [
+                "| adapter tone was trained on | not proved: only shapes were compared |",
+                "| base rounded first | nf4 |",
+            ],
+            ["another base", "words"],
+        ),
+        ({"models": [{}, {}], "base": None}, [], ["another base", "trained on"]),
+    ],
+)
+def test_a_card_of_a_merge_says_which_base_it_took_and_what_was_kept(
+    api: TestClient, left: Left, database: Database, found: dict[str, Any], said: list[str], unsaid: list[str]
+) -> None:
+    adapter = left("support")
+    merged = left("m", "model", {"type": "merge", "adapter": f"artifact:{adapter}", "output_name": "m"})
+    certificate = {"dtype": "bfloat16", "verdict": "reduced", "retained": 0.8712, **found}
+    with database.write() as session:
+        job = session.get_one(Job, session.get_one(Artifact, merged).job_id)
+        job.result = {**(job.result or {}), "certificate": certificate}
+    text = api.get(f"/artifacts/{merged}/card").text
+    for line in (
+        "| method | lora |",
+        "| dtype | bfloat16 |",
+        "| verdict | reduced |",
+        "| share of the effect that was kept | 87.1% |",
+        *said,
+    ):
+        assert line in text
+    assert not [words for words in unsaid if words in text]
+
+
 def test_making_it_again_asks_for_the_same_run(api: TestClient, left: Left, database: Database) -> None:
     artifact = left("support")
     first = api.get(f"/jobs/{api.get(f'/artifacts/{artifact}').json()['job_id']}").json()
