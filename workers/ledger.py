@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
+from app.aliases import repository as aliases
 from app.artifacts import repository as artifacts
 from app.artifacts import view
 from app.crashpoints import reached
@@ -208,6 +209,7 @@ class Ledger:
                     learning=output.facts.get("learning"),
                     facts={key: output.facts[key] for key in output.facts if key not in ("base_chain", "learning")},
                 )
+                self._say_hidden(session, output)
             ids = [output.artifact_id for output in finished]
             learning = next((found for output in finished if (found := output.facts.get("learning"))), None)
             move = Move(
@@ -225,6 +227,12 @@ class Ledger:
         if moved:
             view.refresh_job(self._database, self._storage, self.job.id)
         return moved
+
+    def _say_hidden(self, session: Session, output: Finished) -> None:
+        """An alias that was made while the job ran goes before names of artifacts."""
+        if output.kind != "report" and aliases.get(session, self.job.project_id, output.name) is not None:
+            message = f"{output.name} is an alias by now: what the job left is reached by its version or its id."
+            self.note(session, "name_is_alias", message, "warn", {"artifact": output.artifact_id})
 
     @persistent
     def fail(self, error: RunError, exit_code: int | None = None, result: dict[str, Any] | None = None) -> bool:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -174,7 +174,7 @@ class Outcome:
     def _publish(self, result: dict[str, Any]) -> None:
         finished: list[Finished] = []
         for output in result.get("outputs", []):
-            facts = {**_lineage(self._job, self._folder), **output["facts"]}
+            facts = {**lineage(self._job, self._folder), **output["facts"]}
             artifact_id = new_id("art")
             folder = self._folder / output["folder"]
             about = {"job_id": self._job.id, "fence": self._job.fence, "spec_sha256": self._job.spec_sha256, **facts}
@@ -191,7 +191,7 @@ class Outcome:
                 shutil.rmtree(self._storage.artifact_dir(item.artifact_id), ignore_errors=True)
 
 
-def _lineage(job: Job, folder: Path) -> dict[str, Any]:
+def lineage(job: Job, folder: Path) -> dict[str, Any]:
     """Where a result comes from: the pinned base and everything it was itself made from."""
     inputs = json.loads((folder / ATTEMPT).read_bytes())["inputs"]
     if job.type == "train":
@@ -205,8 +205,26 @@ def _lineage(job: Job, folder: Path) -> dict[str, Any]:
     # Of several, all that each was made from, once.
     merged = [field for field in inputs if field.startswith(("adapters.", "models.")) and field.count(".") == 1]
     found = merged or [field for field in ("adapter", "model") if field in inputs][:1]
-    links = dict.fromkeys(link for field in found for link in inputs[field].get("base_chain") or [])
-    return {"base_chain": list(links)} if found else {}
+    chains = [_made_from(inputs[field]) for field in found]
+    if job.type == "merge" and "base_model" in inputs:
+        # It begins with the base that was merged into, which need not be the one that an adapter was trained on.
+        base = _made_from(inputs["base_model"])
+        own = [[] if field.startswith("models.") else _root(inputs, field) for field in found]
+        chains = [base, *(chain[len(root) :] for chain, root in zip(chains, own, strict=True))]
+    return {"base_chain": list(dict.fromkeys(link for chain in chains for link in chain))} if found else {}
+
+
+def _made_from(entry: Mapping[str, Any]) -> list[str]:
+    """An input's own chain; of one that comes from elsewhere all that is known is what it was called."""
+    return list(entry.get("base_chain") or [entry["pinned"]])
+
+
+def _root(inputs: Mapping[str, Mapping[str, Any]], field: str) -> list[str]:
+    """The beginning of an adapter's chain that is the model which it was trained on, not what was trained."""
+    if f"{field}.base" not in inputs:
+        return []
+    root, chain = _made_from(inputs[f"{field}.base"]), _made_from(inputs[field])
+    return root if chain[: len(root)] == root else chain[:1]
 
 
 def _result(folder: Path) -> dict[str, Any] | None:

@@ -80,8 +80,33 @@ def _learning(learning: dict[str, Any] | None) -> str:
 
 
 def _merge(job: Job) -> str:
-    spec = job.resolved_spec
-    return f"## Merge\n\nMethod `{spec.get('method')}`, dtype `{spec.get('torch_dtype')}`."
+    spec, found = job.resolved_spec, (job.result or {}).get("certificate") or {}
+    base, adapter = found.get("base") or {}, found.get("adapter") or {}
+    retained = found.get("retained")
+    rows = [
+        ("method", spec.get("method")),
+        ("dtype", found.get("dtype") or spec.get("torch_dtype")),
+        ("base", base.get("name")),
+        *_pairs(adapter.get("combined") or [adapter]),
+        ("another base was allowed", "yes: `allow_base_mismatch`" if base.get("mismatch_allowed") else None),
+        ("base rounded first", base.get("merged_into") if base.get("merged_into") != "unquantised" else None),
+        ("verdict", found.get("verdict")),
+        ("share of the effect that was kept", f"{retained:.1%}" if isinstance(retained, int | float) else None),
+    ]
+    return "\n".join(["## Merge", "", *_table(("", ""), rows)])
+
+
+def _pairs(adapters: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """What each adapter was trained on, where that is not the base that it was merged into, or nobody knows."""
+    said = {"other": "other weights than the base's", "unknown": "not proved: only shapes were compared"}
+    rows: list[tuple[str, Any]] = []
+    for adapter in adapters:
+        trained = adapter.get("base") or {}
+        if trained.get("weights") in said:
+            name = f"{trained['name']}: " if trained.get("name") else ""
+            whose = f" {adapter['name']}" if adapter.get("name") and len(adapters) > 1 else ""
+            rows.append((f"adapter{whose} was trained on", f"{name}{said[trained['weights']]}"))
+    return rows
 
 
 def _export(job: Job) -> str:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from app.artifacts import references, repository
 from app.catalog import Catalog
 from app.errors import NotFound
-from app.models import Artifact, File, Job
+from app.models import Artifact, DeletedArtifact, File, Job
 
 MOST_NODES = 500
 Direction = Literal["up", "down", "both"]
@@ -77,22 +77,26 @@ class _Graph:
         level = [artifact_id]
         while level and not self.full:
             below: list[str] = []
-            made = repository.by_ids(self._session, level)
-            for job in self._users(made):
+            for job in self._users(level):
                 if not set(self._inputs(job, only=set(level))):
                     continue
                 self._add_job(job)
-                for left in repository.of_job(self._session, job.id):
+                for left in self._left(job.id):
                     if left.id not in self.nodes:
                         below.append(left.id)
                     self._add_artifact(left)
                     self.edge(job.id, left.id, "output")
             level = below
 
-    def _users(self, artifacts: dict[str, Artifact]) -> Sequence[Job]:
+    def _users(self, artifact_ids: Sequence[str]) -> Sequence[Job]:
+        """Jobs that may have used these, which may be gone: by id, or by the job that left them."""
         text = cast(Job.resolved_spec, String)
-        names = [f"artifact:{row.id}" for row in artifacts.values()]
-        names += [f"job:{row.job_id}" for row in artifacts.values() if row.job_id]
+        names = [f"artifact:{artifact_id}" for artifact_id in artifact_ids]
+        rows: list[Artifact | DeletedArtifact] = [
+            *repository.by_ids(self._session, artifact_ids).values(),
+            *repository.tombstones(self._session, artifact_ids),
+        ]
+        names += [f"job:{row.job_id}" for row in rows if row.job_id]
         if not names:
             return []
         named: list[ColumnElement[bool]] = [text.contains(f'"{name}"', autoescape=True) for name in names]
@@ -128,9 +132,14 @@ class _Graph:
         if value.startswith("artifact:"):
             return value.removeprefix("artifact:")
         if value.startswith("job:"):
-            left = [row for row in repository.of_job(self._session, value[4:]) if row.kind != "report"]
+            left = [row for row in self._left(value.removeprefix("job:")) if row.kind != "report"]
             return left[-1].id if left else None
         return None
+
+    def _left(self, job_id: str) -> list[Artifact | DeletedArtifact]:
+        """What a job left, oldest first, also what was deleted since: it was there when others used it."""
+        living: list[Artifact | DeletedArtifact] = [*repository.of_job(self._session, job_id)]
+        return sorted([*living, *repository.deleted_of_job(self._session, job_id)], key=lambda row: row.created_at)
 
     def artifact(self, artifact_id: str) -> str | None:
         """Puts an artifact into the graph, or what is left of it; the id of the job that made it."""
@@ -139,14 +148,19 @@ class _Graph:
             self._add_artifact(row)
             return row.job_id
         gone = repository.tombstone(self._session, self._project, artifact_id)
-        facts = {"kind": gone.kind, "sha256": gone.sha256} if gone else {}
-        name = f"{gone.name}:v{gone.version}" if gone else artifact_id
-        self.nodes[artifact_id] = Node(id=artifact_id, type="artifact", name=name, facts=facts, deleted=True)
-        return gone.job_id if gone else None
+        if gone is None:
+            self.nodes[artifact_id] = Node(id=artifact_id, type="artifact", name=artifact_id, deleted=True)
+            return None
+        self._add_artifact(gone)
+        return gone.job_id
 
-    def _add_artifact(self, row: Artifact) -> None:
-        facts = {"kind": row.kind, "sha256": row.sha256, "bytes": row.bytes}
-        self.nodes[row.id] = Node(id=row.id, type="artifact", name=f"{row.name}:v{row.version}", facts=facts)
+    def _add_artifact(self, row: Artifact | DeletedArtifact) -> None:
+        facts: dict[str, Any] = {"kind": row.kind, "sha256": row.sha256}
+        if isinstance(row, Artifact):
+            facts["bytes"] = row.bytes
+        deleted = isinstance(row, DeletedArtifact)
+        name = f"{row.name}:v{row.version}"
+        self.nodes[row.id] = Node(id=row.id, type="artifact", name=name, facts=facts, deleted=deleted)
 
     def _job(self, job_id: str) -> Job | None:
         job = self._session.get(Job, job_id)

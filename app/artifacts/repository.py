@@ -44,6 +44,11 @@ def tombstone(session: Session, project_id: str, artifact_id: str) -> DeletedArt
     return row if row is not None and row.project_id == project_id else None
 
 
+def tombstones(session: Session, artifact_ids: Sequence[str]) -> Sequence[DeletedArtifact]:
+    """What is left of those of these that were deleted."""
+    return session.scalars(select(DeletedArtifact).where(DeletedArtifact.id.in_(artifact_ids))).all()
+
+
 def tags_of(session: Session, artifact_ids: Sequence[str]) -> dict[str, list[str]]:
     """The tags of each of these artifacts."""
     found: dict[str, list[str]] = {}
@@ -137,6 +142,12 @@ def delete_row(session: Session, artifact: Artifact, key_id: str) -> None:
 def of_job(session: Session, job_id: str) -> Sequence[Artifact]:
     """What a job left, oldest first."""
     return session.scalars(select(Artifact).where(Artifact.job_id == job_id).order_by(Artifact.created_at)).all()
+
+
+def deleted_of_job(session: Session, job_id: str) -> Sequence[DeletedArtifact]:
+    """What a job left and somebody deleted, oldest first."""
+    query = select(DeletedArtifact).where(DeletedArtifact.job_id == job_id)
+    return session.scalars(query.order_by(DeletedArtifact.created_at)).all()
 
 
 def newest_reward(session: Session, project_id: str, root: str) -> Artifact | None:

@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from app.artifacts import view
 from app.db import Database
-from app.models import Checkpoint, Job
-from app.states import TERMINAL
+from app.models import Checkpoint, Deployment, DeploymentAdapter, DeploymentReplica, Job
+from app.states import DEPLOYMENT_LIVE, TERMINAL
 from app.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,9 @@ _AT_ONCE = 200
 def expire(database: Database, storage: Storage, days: float, now: datetime) -> list[str]:
     """Deletes checkpoints of runs that ended more than ``days`` ago, but for the best of each; ids of what went.
 
-    One that an unfinished job names, by its id or its folder, stays. The row goes before the bytes: what is half
-    deleted is nobody's checkpoint any more. At most a few hundred a call.
+    One that an unfinished job names, by its id or its folder, stays; so does one that a live deployment serves, or has
+    as an adapter, also where that was put away for the moment: it is loaded again when it is asked for. The row goes
+    before the bytes: what is half deleted is nobody's checkpoint any more. At most a few hundred a call.
     """
     with database.write() as session:
         named = _named(session)
@@ -51,6 +52,14 @@ def _old(session: Session, before: datetime) -> Sequence[Checkpoint]:
 
 
 def _named(session: Session) -> str:
-    """All that unfinished jobs say, in one text: who looks for an id or a path in it finds it if one is named."""
-    unfinished = select(cast(Job.resolved_spec, String)).where(Job.state.not_in(TERMINAL))
-    return "\n".join(session.scalars(unfinished))
+    """All that unfinished jobs and live deployments say, in one text: who looks for an id or a path in it finds it."""
+    live = Deployment.status.in_(DEPLOYMENT_LIVE)
+    named = (
+        select(cast(Job.resolved_spec, String)).where(Job.state.not_in(TERMINAL)),
+        select(Deployment.model).where(live),
+        select(cast(Deployment.coming, String)).where(live, Deployment.coming.is_not(None)),
+        select(DeploymentAdapter.model).join(Deployment, Deployment.id == DeploymentAdapter.deployment_id).where(live),
+        # What an engine still has, although nobody wants it any more.
+        select(cast(DeploymentReplica.loaded, String)).where(DeploymentReplica.status.in_(DEPLOYMENT_LIVE)),
+    )
+    return "\n".join(text for query in named for text in session.scalars(query))

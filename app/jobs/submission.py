@@ -22,7 +22,7 @@ from app.deployments.adapters import check_free
 from app.errors import BadRequest, Code, IdempotencyKeyReused, InsufficientStorage, NotFound
 from app.files import repository as files
 from app.files.rows import CHATS
-from app.jobs import asking, continuing, estimate, exporting, judges, kinds, merging, pushing, repository
+from app.jobs import asking, continuing, estimate, exporting, judges, kinds, merging, naming, pushing, repository
 from app.jobs.intake import Intake, validate_spec
 from app.jobs.repository import Move
 from app.jobs.schemas import JobOut
@@ -173,6 +173,8 @@ class Submission:
             asking.check(self._session, self._settings, self._caller.project_id, resolved)
         name = spec.experiment_name or made_up_name(spec)
         resolved["experiment_name"] = name
+        if retry_of is None and reproduces is None:  # a repetition cannot choose; the ledger says it when it is done
+            naming.check(self._session, self._caller.project_id, spec, name)
         own_class = "control" if isinstance(spec, DeploySpec) else self._catalog.slot_class(spec)
         prepares = self._catalog.prepares(spec.type, algorithm)
         job = Job(

@@ -100,6 +100,19 @@ def test_each_method_ends_in_a_certificate(method: str, tmp_path: Path, base: Pa
     assert certificate["adapter"]["ranks"] == ([8, 12] if method == "cat" else [4])
 
 
+def test_the_one_that_names_another_base_is_pointed_at(tmp_path: Path, base: Path, adapters: list[Path]) -> None:
+    other = shutil.copytree(adapters[1], tmp_path / "other")
+    (other / "base_model.json").unlink(missing_ok=True)
+    config = json.loads((other / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/elsewhere"}
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    ctx = merged(tmp_path, base, [adapters[0], other], method="cat", proof_prompts=0, weights=[1.0, 1.0])
+    warned = [event["adapter"] for event in ctx.events if event["code"] == "base_name_differs"]
+    assert warned == ["adapters.1"]
+    said = [entry["base"] for entry in ctx.results["certificate"]["adapter"]["combined"]]
+    assert said[1] == {"name": "org/elsewhere", "weights": "unknown"}
+    assert "base" not in ctx.results["certificate"]["adapter"]
+
+
 def test_cat_is_the_sum_of_what_each_changes(tmp_path: Path, base: Path, adapters: list[Path]) -> None:
     ctx = merged(tmp_path, base, adapters, method="cat", proof_prompts=0)
     ours = deltas(base, ctx.outputs[0][1])

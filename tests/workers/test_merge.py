@@ -163,7 +163,35 @@ def test_another_base_of_the_same_shapes_is_refused_unless_allowed(tmp_path: Pat
     with pytest.raises(RunError, match="other weights of the same shapes") as caught:
         merge(tmp_path, adapter, sibling)
     assert caught.value.code == Code.BASE_MISMATCH
-    assert merge(tmp_path, adapter, sibling, allow_base_mismatch=True).outputs
+    certificate = merge(tmp_path, adapter, sibling, allow_base_mismatch=True).results["certificate"]
+    assert certificate["base"]["mismatch_allowed"] is True
+    assert certificate["adapter"]["base"] == {"name": "tiny", "weights": "other"}
+
+
+@pytest.mark.parametrize(
+    ("named", "code"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "base_name_differs"),
+        ("/data/models/llama", "base_name_differs"),
+        ("org/Tiny-bnb-4bit", "base_unproved"),
+        (None, "base_unproved"),
+    ],
+)
+def test_an_adapter_made_elsewhere_is_held_against_the_name_that_it_gives(
+    named: str | None, code: str, tmp_path: Path, tiny: Path, adapter: Path
+) -> None:
+    """The usual mistake is the wrong base of the right shapes, and all that can tell is the adapter's config."""
+    foreign = shutil.copytree(adapter, tmp_path / "foreign")
+    (foreign / "base_model.json").unlink()
+    config = json.loads((foreign / "adapter_config.json").read_text()) | {"base_model_name_or_path": named}
+    (foreign / "adapter_config.json").write_text(json.dumps(config))
+    ctx = merge(tmp_path, foreign, tiny, base_model="hub:org/tiny", proof_prompts=0)
+    (event,) = [event for event in ctx.events if event["code"].startswith("base_")]
+    assert (event["code"], event["level"]) == (code, "warn" if code == "base_name_differs" else "info")
+    label = named and named.removeprefix("/data/models/")
+    assert ctx.results["certificate"]["adapter"]["base"] == {"name": label, "weights": "unknown"}
+    if code == "base_name_differs":
+        assert f"merge into {label}" in event["message"]
 
 
 @pytest.mark.parametrize("allow", [True, False])

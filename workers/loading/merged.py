@@ -12,6 +12,7 @@ from workers.loading.combining import Join, combine
 from workers.loading.companions import copy_companions, has_tokenizer, tokenizer_files
 from workers.loading.merge_spec import MergeSpec
 from workers.loading.models import base_label, refuse_quantised
+from workers.loading.origins import told_origin
 from workers.loading.proved import merge_adapter
 from workers.loading.weights import sha256_files
 
@@ -25,6 +26,7 @@ def merge_combined(spec: MergeSpec, ctx: RunContext, join: Join, *, equal_ranks:
     name = base_label(ctx.input_info("base_model"), spec.base_model or base_dir.name)
     refuse_quantised(base_dir, "merged into", name)
     layers = [[Path(layer) for layer in info.get("under", ())] if not spec.base_model else [] for info in infos]
+    origins = []
     for field, folder, below in zip(fields, folders, layers, strict=True):
         adapter = read_adapter(folder)
         try:
@@ -33,6 +35,7 @@ def merge_combined(spec: MergeSpec, ctx: RunContext, join: Join, *, equal_ranks:
                 check_layers(adapter.base, below)
         except RunError as error:
             raise RunError(error.code, f"{field}: {error.message}", hint=error.hint, param=field) from error
+        origins.append(told_origin(adapter, base_dir, name, ctx, field))
     below = layers[0]
     if any(layer_digests(other) != layer_digests(below) for other in layers[1:]):
         raise RunError(
@@ -57,9 +60,12 @@ def merge_combined(spec: MergeSpec, ctx: RunContext, join: Join, *, equal_ranks:
                 "name": info.get("name"),
                 "artifact_id": info.get("artifact_id"),
                 "weight": weight,
+                "base": origin,
                 "sha256": sha256_files(folder.glob("*.safetensors")),
             }
-            for info, folder, weight in zip(infos, folders, spec.weights or [1.0] * len(folders), strict=True)
+            for info, folder, weight, origin in zip(
+                infos, folders, spec.weights or [1.0] * len(folders), origins, strict=True
+            )
         ],
         "modules": found.modules,
         "ranks": found.ranks,

@@ -18,6 +18,7 @@ from workers.loading.effect import TooLarge, measure_effect, vocabulary_of
 from workers.loading.merge_spec import MergeSpec
 from workers.loading.merging import copy_beside, read_merge, write_merge
 from workers.loading.models import base_label, refuse_quantised
+from workers.loading.origins import told_origin
 from workers.loading.proof import PROMPTS, Effect, prompt_ids
 from workers.loading.recount import Findings, Recount
 from workers.loading.weights import sha256_files, stored_dtype, tensor_headers
@@ -46,10 +47,8 @@ def merge_adapter(
     name = base_label(base_info, spec.base_model or adapter.base.get("name") or base_dir.name)
     refuse_quantised(base_dir, "merged into", name)
     check_base(adapter, base_dir, name, allow_mismatch=spec.allow_base_mismatch)
-    if not adapter.base:
-        ctx.event(
-            "base_unproved", "the adapter does not say which weights it was trained on; only shapes were compared"
-        )
+    # Of a combination each one's own base is in ``about`` already.
+    origin = {} if "combined" in about else {"base": told_origin(adapter, base_dir, name, ctx, "adapter")}
     if not spec.allow_base_mismatch:
         check_layers(adapter.base, layers)
     check_chain(base_dir, layers)
@@ -83,6 +82,7 @@ def merge_adapter(
         "tokenizer": _tokenizer_part(tokenizer_dir, folder),
         "adapter": {
             **about,
+            **origin,
             "trained_on": quantization or ("unquantised" if adapter.base else "unknown"),
             "sha256": sha256_files(adapter_dir.glob("*.safetensors")),
         },

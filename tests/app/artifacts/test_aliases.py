@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,37 @@ def test_an_alias_of_another_name_is_not_found(api: TestClient, left: Left) -> N
     put(api, "prod", "support:v1")
     answer = api.post("/jobs", json={"type": "check_adapter", "adapter": "sales@prod"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"type": "train", "experiment_name": "prod"}, "experiment_name"),
+        ({"type": "train", "experiment_name": "x", "then": ["merge"]}, "output_name"),
+        ({"type": "merge", "adapter": "support", "output_name": "prod"}, "output_name"),
+        ({"type": "merge", "adapter": "support", "experiment_name": "prod"}, "experiment_name"),
+        ({"type": "extract_adapter", "model": "support", "experiment_name": "prod"}, "experiment_name"),
+        ({"type": "import", "path": "tiny", "name": "prod"}, "name"),
+    ],
+)
+def test_no_job_leaves_what_an_alias_would_hide(
+    api: TestClient, left: Left, spec: dict[str, Any], models: Path, body: dict[str, Any], field: str
+) -> None:
+    left("support")
+    put(api, "prod", "support:v1")
+    put(api, "x_merged", "support:v1")
+    before = len(api.get("/jobs").json()["data"])
+    asked = {**spec, **body} if body["type"] == "train" else body
+    if body["type"] == "import":
+        asked = {**body, "path": str(models / "tiny")}
+    answer = api.post("/jobs", json=asked)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (409, "name_taken", field), answer.text
+    assert "DELETE /aliases/" in error["hint"]
+    assert len(api.get("/jobs").json()["data"]) == before
+    looked = api.post("/jobs", json={"type": "check_adapter", "adapter": "prod", "experiment_name": "prod"})
+    assert looked.status_code == 201, "it leaves nothing that could be hidden"
 
 
 def test_of_two_who_promote_at_once_both_are_written_down_or_told(api: TestClient, left: Left) -> None:

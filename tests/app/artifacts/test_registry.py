@@ -3,14 +3,16 @@
 import json
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from app.artifacts import repository as artifacts
 from app.db import Database
-from app.models import Deployment, Job, new_id
+from app.models import Artifact, Deployment, Job, new_id
 from app.settings import Settings
 from app.storage import Storage
 from tests.app.artifacts.conftest import Left
@@ -180,16 +182,54 @@ def test_lineage_goes_back_to_the_data_and_on_to_what_was_made(
     assert base not in down
 
 
-def test_what_was_deleted_stays_in_the_lineage(api: TestClient, left: Left) -> None:
-    adapter = left("support")
-    merged = left("support_merged", "model", {"type": "merge", "adapter": f"artifact:{adapter}", "output_name": "m"})
-    api.delete(f"/artifacts/{adapter}")
-    nodes = {node["id"]: node for node in api.get(f"/artifacts/{merged}/lineage").json()["nodes"]}
+@pytest.mark.parametrize("by", ["artifact", "job"])
+def test_what_was_deleted_stays_in_the_lineage(
+    api: TestClient, left: Left, spec: dict[str, Any], models: Path, file_id: str, by: str
+) -> None:
+    """A chain that was queued in one go names its links as ``job:``, and that is what its specs keep."""
+    base = left("base", "model")
+    train = api.post("/jobs", json={**spec, "model": {"model_name_or_path": f"artifact:{base}"}}).json()["id"]
+    adapter = left.finish(train, "support", "adapter") if by == "artifact" else None
+    wanted = f"artifact:{adapter}" if adapter else f"job:{train}"
+    merge = api.post("/jobs", json={"type": "merge", "adapter": wanted, "output_name": "m"}).json()
+    assert merge["resolved_spec"]["adapter"] == wanted
+    adapter = adapter or left.finish(train, "support", "adapter")
+    merged = left.finish(merge["id"], "support_merged", "model")
+    assert api.delete(f"/artifacts/{adapter}").status_code == 200
+
+    graph = api.get(f"/artifacts/{merged}/lineage", params={"direction": "up"}).json()
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert {merged, merge["id"], adapter, train, base, file_id, str(models / "tiny")} <= nodes.keys()
     assert nodes[adapter]["deleted"]
-    assert nodes[adapter]["name"] == "support:v1"
-    assert [node["type"] for node in nodes.values()].count("job") == 2  # also the one that made the deleted one
-    assert api.get(f"/artifacts/{adapter}/lineage").status_code == 200
+    assert (nodes[adapter]["name"], nodes[adapter]["facts"]["kind"]) == ("support:v1", "adapter")
+    edges = {(edge["source"], edge["target"]) for edge in graph["edges"]}
+    assert {(base, train), (train, adapter), (adapter, merge["id"]), (merge["id"], merged)} <= edges
+    for above in (adapter, base):
+        graph = api.get(f"/artifacts/{above}/lineage", params={"direction": "down"}).json()
+        assert {adapter, merge["id"], merged} <= {node["id"] for node in graph["nodes"]}
+        assert (adapter, merge["id"]) in {(edge["source"], edge["target"]) for edge in graph["edges"]}
     assert api.get("/artifacts/art-0/lineage").status_code == 404
+
+
+@on_sqlite
+def test_what_a_job_left_is_the_last_thing_also_when_that_is_gone(
+    api: TestClient, left: Left, spec: dict[str, Any], database: Database
+) -> None:
+    """A job that left two, of which the one that was used is deleted: the other does not take its place."""
+    train = api.post("/jobs", json=spec).json()["id"]
+    merge = api.post("/jobs", json={"type": "merge", "adapter": f"job:{train}", "output_name": "m"}).json()["id"]
+    used = left.finish(train, "support", "adapter")
+    with database.write() as session:
+        made = session.get_one(Artifact, used).created_at
+        more = {"bytes": 1, "sha256": "0" * 64, "created_at": made - timedelta(seconds=1)}
+        first = artifacts.add(
+            session, session.get_one(Job, train), id=new_id("art"), name="first", kind="adapter", **more
+        ).id
+    merged = left.finish(merge, "support_merged", "model")
+    assert api.delete(f"/artifacts/{used}").status_code == 200
+    edges = {(e["source"], e["target"]) for e in api.get(f"/artifacts/{merged}/lineage").json()["edges"]}
+    assert (used, merge) in edges
+    assert (first, merge) not in edges
 
 
 @on_sqlite
@@ -208,6 +248,62 @@ def test_a_card_says_what_it_is_made_of(api: TestClient, left: Left, models: Pat
         assert said in answer.text
     assert str(models) not in answer.text, "a card is read elsewhere"
     assert api.get("/artifacts/art-0/card").status_code == 404
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("found", "said", "unsaid"),
+    [
+        (
+            {
+                "base": {"name": "org/other", "mismatch_allowed": True, "merged_into": "unquantised"},
+                "adapter": {"name": "support", "base": {"name": "org/tiny", "weights": "other"}},
+            },
+            [
+                "| base | org/other |",
+                "| another base was allowed | yes: `allow_base_mismatch` |",
+                "| adapter was trained on | org/tiny: other weights than the base's |",
+            ],
+            ["base rounded"],
+        ),
+        (
+            {
+                "base": {"name": "org/tiny", "mismatch_allowed": False, "merged_into": "nf4"},
+                "adapter": {
+                    "combined": [
+                        {"name": "tone", "base": {"name": None, "weights": "unknown"}},
+                        {"name": "words", "base": {"name": "org/tiny", "weights": "same"}},
+                    ]
+                },
+            },
+            [
+                "| adapter tone was trained on | not proved: only shapes were compared |",
+                "| base rounded first | nf4 |",
+            ],
+            ["another base", "words"],
+        ),
+        ({"models": [{}, {}], "base": None}, [], ["another base", "trained on"]),
+    ],
+)
+def test_a_card_of_a_merge_says_which_base_it_took_and_what_was_kept(
+    api: TestClient, left: Left, database: Database, found: dict[str, Any], said: list[str], unsaid: list[str]
+) -> None:
+    adapter = left("support")
+    merged = left("m", "model", {"type": "merge", "adapter": f"artifact:{adapter}", "output_name": "m"})
+    certificate = {"dtype": "bfloat16", "verdict": "reduced", "retained": 0.8712, **found}
+    with database.write() as session:
+        job = session.get_one(Job, session.get_one(Artifact, merged).job_id)
+        job.result = {**(job.result or {}), "certificate": certificate}
+    text = api.get(f"/artifacts/{merged}/card").text
+    for line in (
+        "| method | lora |",
+        "| dtype | bfloat16 |",
+        "| verdict | reduced |",
+        "| share of the effect that was kept | 87.1% |",
+        *said,
+    ):
+        assert line in text
+    assert not [words for words in unsaid if words in text]
 
 
 def test_making_it_again_asks_for_the_same_run(api: TestClient, left: Left, database: Database) -> None:

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from app.artifacts import retention, view
 from app.db import Database
 from app.discovery import discover
-from app.models import Checkpoint, Job, now
+from app.models import DEFAULT_PROJECT, Checkpoint, Deployment, DeploymentAdapter, DeploymentReplica, Job, now
 from app.queue import SilentDoorbell
 from app.reconciler import Reconciler
 from app.settings import Settings
@@ -74,6 +74,43 @@ def test_what_an_unfinished_job_names_stays(
     answer = api.post("/jobs", json={"type": "check_adapter", "adapter": str(folders[3])})
     assert answer.status_code == 201, answer.text
     assert retention.expire(database, storage, 1, now() + timedelta(days=2)) == ["ftckpt-2"]
+
+
+@on_sqlite
+@pytest.mark.parametrize("by", ["adapter", "engine", "model", "coming"])
+def test_what_a_live_deployment_has_stays(
+    api: TestClient, left: Left, database: Database, storage: Storage, by: str
+) -> None:
+    """An engine that restarts, or that put it away, has to load it again."""
+    job_id = ended(api, left)
+    path = str(checkpoints(database, storage, job_id, best=None)[1])
+    with database.write() as session:
+        row = Deployment(id="dep-1", project_id=DEFAULT_PROJECT, name="chat", model="artifact:art-0", status="ready")
+        session.add(row)
+        session.flush()
+        if by == "adapter":
+            session.add(
+                DeploymentAdapter(
+                    deployment_id=row.id,
+                    project_id=DEFAULT_PROJECT,
+                    name="run:ckpt-step-1",
+                    model=path,
+                    status="evicted",
+                )
+            )
+        elif by == "engine":
+            loaded = {"run:ckpt-step-1": path}
+            session.add(DeploymentReplica(id=job_id, deployment_id=row.id, status="ready", loaded=loaded))
+        elif by == "model":
+            row.model = path
+        else:
+            row.coming = {"model": path, "artifact_id": None, "options": {}}
+    assert retention.expire(database, storage, 1, now() + timedelta(days=2)) == ["ftckpt-2", "ftckpt-3"]
+    with database.write() as session:
+        session.get_one(Deployment, "dep-1").status = "stopped"
+        for replica in session.query(DeploymentReplica):
+            replica.status = "stopped"
+    assert retention.expire(database, storage, 1, now() + timedelta(days=2)) == ["ftckpt-1"]
 
 
 def submitted(api: TestClient, spec: dict[str, Any]) -> str:

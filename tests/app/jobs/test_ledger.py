@@ -11,9 +11,10 @@ from sqlalchemy import select
 
 from app.db import Database
 from app.errors import Code, RunError
-from app.models import Artifact, Job, Metric, Slot, new_id, now
+from app.models import Alias, Artifact, Job, Metric, Slot, new_id, now
 from app.states import JobState
 from app.storage import Published
+from tests.support import on_sqlite
 from workers.journal import Tail
 from workers.ledger import Crash, Finished
 
@@ -131,6 +132,22 @@ def test_success_brings_its_artifacts(
     assert artifacts[0].learning == {"loss": 1}
     assert artifacts[0].base_chain == ["root"]
     assert [event.code for event in history(job_id)][-1] == "job_complete"
+
+
+@on_sqlite
+def test_a_result_whose_name_became_an_alias_meanwhile_is_told(
+    add: Add, claim: Claim, ledger: Any, database: Database, history: Any
+) -> None:
+    first, job_id = add(), add()
+    base = finished("base")
+    assert ledger(claim()).succeed({}, [base])
+    with database.write() as session:
+        for name in ("m", "numbers"):
+            session.add(Alias(project_id="proj-default", name=name, artifact_id=base.artifact_id, moved_at=now()))
+    report = Finished(new_id("art"), "report", "numbers", {}, Published(5, "s"))
+    assert ledger(claim()).succeed({}, [finished("m"), report])
+    assert [event.code for event in history(job_id)].count("name_is_alias") == 1
+    assert "name_is_alias" not in [event.code for event in history(first)]
 
 
 def test_no_success_after_a_cancellation_was_asked_for(

@@ -1,17 +1,21 @@
 """How attempts end, and what follows: limits, silence, exit statuses, results that cannot be read."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.jobs import room
-from app.models import JobEvent
+from app.models import Job, JobEvent
 from app.processes import processes_with_token
 from tests.support import wait_for
 from tests.workers.supervision.conftest import Attempt, claim
+from workers.context import ATTEMPT
+from workers.outcome import lineage
 from workers.supervisor import House
 
 
@@ -131,3 +135,46 @@ def test_a_job_that_does_not_fit_on_the_disk_is_held_before_it_starts(
     with house.database.write() as session:
         assert room.release(session, house.settings) == 1
     assert attempt.row().hold_reason is None
+
+
+_ROOT = {"pinned": "hub:org/tiny@c"}
+_OTHER = {"pinned": "artifact:art-other", "base_chain": []}
+_ADAPTER = {"pinned": "artifact:art-a", "base_chain": ["hub:org/tiny@c", "sft:ftjob-a"]}
+_FOREIGN = {"pinned": "artifact:art-f", "base_chain": []}
+_MERGED = {"pinned": "artifact:art-m", "base_chain": ["hub:org/tiny@c", "sft:ftjob-1"]}
+_ON_MERGED = {"pinned": "artifact:art-b", "base_chain": ["hub:org/tiny@c", "sft:ftjob-1", "sft:ftjob-b"]}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "chain"),
+    [
+        ({"adapter": _ADAPTER, "adapter.base": _ROOT, "base_model": _ROOT}, ["hub:org/tiny@c", "sft:ftjob-a"]),
+        ({"adapter": _ADAPTER, "adapter.base": _ROOT, "base_model": _OTHER}, ["artifact:art-other", "sft:ftjob-a"]),
+        ({"adapter": _FOREIGN, "base_model": _ROOT}, ["hub:org/tiny@c", "artifact:art-f"]),
+        (
+            {"adapter": _ON_MERGED, "adapter.base": _MERGED, "base_model": _MERGED},
+            ["hub:org/tiny@c", "sft:ftjob-1", "sft:ftjob-b"],
+        ),
+        (
+            {"adapter": _ON_MERGED, "adapter.base": _MERGED, "base_model": _OTHER},
+            ["artifact:art-other", "sft:ftjob-b"],
+        ),
+        (
+            {
+                "adapters.0": _ADAPTER,
+                "adapters.0.base": _ROOT,
+                "adapters.1": _FOREIGN,
+                "base_model": _OTHER,
+            },
+            ["artifact:art-other", "sft:ftjob-a", "artifact:art-f"],
+        ),
+        (
+            {"models.0": _MERGED, "models.1": _OTHER, "base_model": _ROOT},
+            ["hub:org/tiny@c", "sft:ftjob-1", "artifact:art-other"],
+        ),
+        ({"models.0": _MERGED, "models.1": _OTHER}, ["hub:org/tiny@c", "sft:ftjob-1", "artifact:art-other"]),
+    ],
+)
+def test_a_merge_is_made_from_the_base_that_it_took(tmp_path: Path, inputs: dict[str, Any], chain: list[str]) -> None:
+    (tmp_path / ATTEMPT).write_text(json.dumps({"inputs": inputs}))
+    assert lineage(Job(id="job-1", type="merge"), tmp_path) == {"base_chain": chain}
