@@ -13,7 +13,7 @@ from workers.loading.companions import copy_companions, has_tokenizer, tokenizer
 from workers.loading.merge_spec import MergeSpec
 from workers.loading.models import base_label, refuse_quantised
 from workers.loading.proved import merge_adapter
-from workers.loading.weights import sha256_files
+from workers.loading.weights import sha256_files, weight_files
 
 
 def merge_combined(spec: MergeSpec, ctx: RunContext, join: Join, *, equal_ranks: bool = False) -> None:
@@ -57,7 +57,7 @@ def merge_combined(spec: MergeSpec, ctx: RunContext, join: Join, *, equal_ranks:
                 "name": info.get("name"),
                 "artifact_id": info.get("artifact_id"),
                 "weight": weight,
-                "sha256": sha256_files(folder.glob("*.safetensors")),
+                "sha256": sha256_files(weight_files(folder)),
             }
             for info, folder, weight in zip(infos, folders, spec.weights or [1.0] * len(folders), strict=True)
         ],

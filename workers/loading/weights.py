@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from app.artifacts import inspect
 from app.errors import Code, RunError
 from app.specs import Dtype
 
@@ -29,10 +30,22 @@ class TensorInfo(NamedTuple):
         return self.end - self.start
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that count: no other program's copy of the same weights. Raises RunError model_invalid."""
+    try:
+        return inspect.weight_files(directory)
+    except ValueError as error:
+        raise RunError(
+            Code.MODEL_INVALID,
+            f"{directory.name}: {error}",
+            hint="name a folder as save_pretrained leaves it: one file, or shards and their index",
+        ) from error
+
+
 def tensor_headers(directory: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a folder by name, read from the headers alone. Raises RunError model_invalid."""
+    """Every tensor of a folder's model or adapter by name, from the headers alone. Raises RunError model_invalid."""
     tensors: dict[str, TensorInfo] = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in weight_files(directory):
         tensors.update(_header(path))
     if not tensors:
         raise RunError(
@@ -115,7 +128,7 @@ def non_finite(directory: Path) -> list[str]:
     from safetensors.torch import safe_open
 
     bad = []
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in weight_files(directory):
         with safe_open(str(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 tensor = file.get_tensor(name)

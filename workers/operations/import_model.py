@@ -21,6 +21,7 @@ from app.specs import JobSpec, ModelRef, Name
 from workers.loading import load_base, load_tokenizer, read_adapter, set_threads, sha256_files, tensor_headers
 from workers.loading.adapters import WEIGHTS_FILE
 from workers.loading.devices import Compute
+from workers.loading.weights import weight_files
 
 ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -105,10 +106,11 @@ def _refuse_pickles(source: Path) -> None:
 
 def _copy(source: Path, folder: Path, ctx: RunContext) -> None:
     ctx.phase("saving")
-    skipped = []
+    skipped, weights = [], {path.name for path in weight_files(source)}
     for path in sorted(source.iterdir()):
         name = path.name
         wanted = any(fnmatch(name, glob) for glob in ALLOWED) and not any(fnmatch(name, glob) for glob in SKIPPED)
+        wanted = wanted and (name in weights or path.suffix != ".safetensors")
         if not wanted or (path.is_dir() and not path.is_symlink()):
             skipped.append(name)
             continue
