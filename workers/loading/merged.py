@@ -7,7 +7,7 @@ from typing import Any
 from app.catalog import RunContext
 from app.errors import Code, RunError
 from workers.loading.adapters import check_base, layer_digests, read_adapter, write_base_record
-from workers.loading.chain import check_layers
+from workers.loading.chain import check_layers, layers_below
 from workers.loading.combining import Join, combine
 from workers.loading.companions import copy_companions, has_tokenizer, tokenizer_files
 from workers.loading.merge_spec import MergeSpec
@@ -24,7 +24,7 @@ def merge_combined(spec: MergeSpec, ctx: RunContext, join: Join, *, equal_ranks:
     base_dir = ctx.input("base_model")
     name = base_label(ctx.input_info("base_model"), spec.base_model or base_dir.name)
     refuse_quantised(base_dir, "merged into", name)
-    layers = [[Path(layer) for layer in info.get("under", ())] if not spec.base_model else [] for info in infos]
+    layers = [layers_below(spec, ctx, field) for field in fields]
     for field, folder, below in zip(fields, folders, layers, strict=True):
         adapter = read_adapter(folder)
         try:
