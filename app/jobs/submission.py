@@ -22,7 +22,7 @@ from app.deployments.adapters import check_free
 from app.errors import BadRequest, Code, IdempotencyKeyReused, InsufficientStorage, NotFound
 from app.files import repository as files
 from app.files.rows import CHATS
-from app.jobs import asking, continuing, estimate, exporting, judges, kinds, merging, pushing, repository
+from app.jobs import asking, continuing, estimate, exporting, gates, judges, kinds, merging, pushing, repository
 from app.jobs.intake import Intake, validate_spec
 from app.jobs.repository import Move
 from app.jobs.schemas import JobOut
@@ -239,6 +239,8 @@ class Submission:
                 self._check_start(spec, found, path)
         if spec.type == "merge":
             merging.check(self._session, self._settings, self._catalog, self._caller.project_id, resolved)
+        if spec.type == "evaluate":
+            waits += gates.settle(self._session, self._settings, self._caller.project_id, resolved)
         if isinstance(spec, TrainSpec):
             judges.check(self._session, self._caller.project_id, spec, resolved)
         if isinstance(spec, TrainSpec) and spec.from_checkpoint is not None:
