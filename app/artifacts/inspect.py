@@ -102,6 +102,12 @@ def unquantised_sibling(reference: str) -> str | None:
     return sibling if sibling != reference else None
 
 
+def quantised_by_name(reference: str) -> str | None:
+    """What in a model's name says that its weights are stored quantised; None where nothing does."""
+    marks = [mark[0][1:] for mark in _QUANTISED.finditer(reference)]
+    return next((mark for mark in marks if mark.lower() != "unsloth"), None)  # who packed it: that alone says nothing
+
+
 def check_unquantised(config: dict[str, Any], param: str, purpose: str, reference: str = "") -> None:
     """Refuses a base whose stored weights are already quantised (GPTQ, AWQ, bitsandbytes).
 

@@ -106,11 +106,14 @@ def import_model(
     path: Annotated[Path, typer.Argument(exists=True, help="A Hugging Face folder, or a .gguf file.")],
     name: Annotated[str, typer.Option(help="Name in the registry.")],
     kind: str = "model",
+    base: Annotated[str | None, typer.Option(help="Of an adapter: the model that it was trained on.")] = None,
     json: AsJson = False,
 ) -> None:
     """Registers a model or adapter that lies in a folder of this machine."""
     spec = {"type": "import", "path": str(path.resolve()), "name": name, "kind": kind}
-    with service_for(folders.readable([path])) as client:
+    with service_for(folders.readable([path, folders.as_path(base)])) as client:
+        if base:
+            spec["base"] = folders.reference(client, base)
         submitted(client, client.submit(spec), True, json)
 
 

@@ -11,14 +11,24 @@ import shutil
 import stat
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from app.catalog import Operation, RunContext
 from app.errors import Code, RunError
-from app.specs import JobSpec, ModelRef, Name
-from workers.loading import intake, load_base, load_tokenizer, read_adapter, set_threads, sha256_files, tensor_headers
+from app.specs import JobSpec, ModelRef, Name, conflict
+from workers.loading import (
+    base_label,
+    check_base,
+    intake,
+    load_base,
+    load_tokenizer,
+    read_adapter,
+    set_threads,
+    sha256_files,
+    tensor_headers,
+)
 from workers.loading.adapters import WEIGHTS_FILE
 from workers.loading.devices import Compute
 from workers.loading.weights import weight_files
@@ -40,6 +50,15 @@ class ImportSpec(JobSpec):
     path: ModelRef
     name: Name
     kind: Literal["model", "adapter"] = Field("model", description="What the folder holds.")
+    base: ModelRef | None = Field(
+        None, description="Of an adapter: what it was trained on, which every later job then knows."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.base is not None and self.kind != "adapter":
+            raise conflict("base", "base is for adapters", "Leave it out, or say kind: adapter.")
+        return self
 
 
 def run(spec: ImportSpec, ctx: RunContext) -> None:
@@ -47,7 +66,7 @@ def run(spec: ImportSpec, ctx: RunContext) -> None:
     ctx.phase("staging")
     source = ctx.input("path")
     gguf = _gguf(source)
-    folder = ctx.output(spec.kind, spec.name, imported=True)
+    folder = ctx.output(spec.kind, spec.name, imported=True, **_descent(spec, ctx))
     converted = "gguf" if gguf else None
     if gguf:
         if spec.kind == "adapter":
@@ -62,9 +81,23 @@ def run(spec: ImportSpec, ctx: RunContext) -> None:
             _refuse_pickles(source)
         _copy(source, folder, ctx)
         _check(folder, spec.kind)
+        if spec.base is not None and (lies := ctx.input_info("base").get("path")):
+            check_base(read_adapter(folder), Path(lies), base_label(ctx.input_info("base"), spec.base))
     files = sorted(path.name for path in folder.iterdir())
     total = sum(path.stat().st_size for path in folder.iterdir())
     ctx.result(name=spec.name, kind=spec.kind, files=files, bytes=total, converted_from=converted)
+
+
+def _descent(spec: ImportSpec, ctx: RunContext) -> dict[str, Any]:
+    """What the artifact says of where it comes from, where that is said."""
+    if spec.base is None:
+        return {}
+    base = ctx.input_info("base")
+    return {
+        "base": base["pinned"],
+        "base_artifact_id": base.get("artifact_id"),
+        "base_chain": [*(base.get("base_chain") or [base["pinned"]]), f"import:{ctx.job_id}"],
+    }
 
 
 def _gguf(source: Path) -> Path | None:
