@@ -13,6 +13,7 @@ from app.specs import JobSpec, TrainSpec
 _NEED_A_BASE = ("merge", "validate", "evaluate")
 # Fields whose weights are read as they are; everything else may be stored quantised.
 _PLAIN = re.compile(r"model\.model_name_or_path|base_model|models\.\d+|model")
+_ADAPTER = re.compile(r"adapter|adapters\.\d+")
 _PURPOSES = {"merge": "a merge", "export": "an export", "quantize": "a quantisation"}
 
 
@@ -68,5 +69,6 @@ def refuse_quantised_name(spec: JobSpec, found: references.Resolved, path: str) 
 
 def wants_plain(job_type: str, field: str) -> bool:
     """Whether a job reads the weights of a field as they are, or those of the base of what is in it (``….base``)."""
-    plain = field.endswith(".base") or _PLAIN.fullmatch(field) is not None
-    return plain and (job_type == "train" or job_type in _PURPOSES)
+    model = field.removesuffix(".base")
+    plain = _PLAIN.fullmatch(model) or (model != field and _ADAPTER.fullmatch(model))
+    return bool(plain) and (job_type == "train" or job_type in _PURPOSES)
