@@ -109,7 +109,8 @@ class JobContext:
             return Path(fetched)
         if entry.get("hub"):
             return self._fetch(field, entry["hub"], entry.get("revision"))
-        raise RunError(Code.BAD_SPEC, f"{field} has no input", param=field)
+        hint = "name base_model: the base of this adapter is not known" if field == "base_model" else None
+        raise RunError(Code.BAD_SPEC, f"{field} has no input", hint=hint, param=field)
 
     def input_info(self, field: str) -> Mapping[str, Any]:
         """See RunContext."""
@@ -129,7 +130,8 @@ class JobContext:
 
     def _fetch(self, field: str, repo: str, revision: str | None) -> Path:
         self.phase("staging")
-        folder, commit = stage(repo, revision, field, self, self._reserve)
+        plain = bool(self._inputs[field].get("plain"))
+        folder, commit = stage(repo, revision, field, self, self._reserve, plain=plain)
         if _holds(self._spec, field):
             self.resolved(field, f"hub:{repo}@{commit}")  # the branch may move; this run, and its repetition, do not
         self._inputs[field] = {**self._inputs[field], "path": str(folder), "commit": commit}

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from app.artifacts import card, references
 from app.catalog import Catalog
 from app.errors import AppError, Code, RunError
-from app.jobs import room
+from app.jobs import bases, room
 from app.jobs.live import live_socket
 from app.models import Checkpoint, Job
 from app.settings import Settings
@@ -40,14 +40,14 @@ def attempt_file(session: Session, settings: Settings, catalog: Catalog, job: Jo
             inputs[path] = {"path": str(Storage(settings.data_dir).file_path(value)), "file_id": value}
             continue
         found = _follow(session, settings, job.project_id, value, path)
-        inputs[path] = _entry(found)
+        inputs[path] = _entry(found, bases.wants_plain(job.type, path))
         operation = catalog.operations.get(job.type)
         if operation is not None and operation.wants_card and found.artifact is not None:
             inputs[path]["card"] = card.card(session, job.project_id, found.artifact.id)
         root, between = _chain(session, settings, job.project_id, found, path)
         if root is not found:
             inputs[path]["under"] = [str(layer.folder) for layer in between]
-            inputs[f"{path}.base"] = _entry(root)
+            inputs[f"{path}.base"] = _entry(root, bases.wants_plain(job.type, f"{path}.base"))
             if job.type != "train":
                 inputs.setdefault("base_model", inputs[f"{path}.base"])
     return {
@@ -106,10 +106,10 @@ def _chain(
         raise RunError(Code.MODEL_NOT_FOUND, error.message, hint=error.hint, param=param) from error
 
 
-def _entry(found: references.Resolved) -> dict[str, Any]:
+def _entry(found: references.Resolved, plain: bool) -> dict[str, Any]:
     entry: dict[str, Any] = {**found.facts, "pinned": found.pinned}
     if found.folder is not None:
         entry["path"] = str(found.folder)
     if found.hub is not None:
-        entry |= {"hub": found.hub, "revision": found.revision}
+        entry |= {"hub": found.hub, "revision": found.revision, "plain": plain}
     return entry

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app import disk, states
+from app.artifacts import inspect
 from app.catalog import RunContext
 from app.errors import Code, RunError
 from workers import hub, parts
 
+CONFIG = "config.json"
 WEIGHTS = "*.safetensors"
 WANTED = (WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
 # The same weights once more, as another program names them.
@@ -36,23 +38,28 @@ class Staged(NamedTuple):
     commit: str
 
 
-def stage(repo: str, revision: str | None, field: str, ctx: RunContext, reserve: int = 0) -> Staged:
+def stage(
+    repo: str, revision: str | None, field: str, ctx: RunContext, reserve: int = 0, *, plain: bool = False
+) -> Staged:
     """Fetches what of a repository is not here yet. ``reserve``: bytes of disk that stay free.
 
-    Raises RunError that names ``field``: gated_model, hub_refused, model_not_found, model_invalid, disk_full, and
-    model_unreachable, which is transient.
+    ``plain``: weights that are stored quantised are refused by config.json, before any of them is fetched. Raises
+    RunError that names ``field``: gated_model, hub_refused, model_not_found, model_invalid, quantised_base, disk_full,
+    and model_unreachable, which is transient.
     """
     secret = hub.token()
     try:
-        return _stage(repo, revision, field, ctx, reserve, secret)
+        return _stage(repo, revision, field, ctx, reserve, secret, plain)
     except RunError:
         raise
     except Exception as error:
         raise hub.trouble(error, repo, field, secret) from error
 
 
-def _stage(repo: str, revision: str | None, field: str, ctx: RunContext, reserve: int, secret: str | None) -> Staged:
-    from huggingface_hub import hf_hub_url, snapshot_download
+def _stage(
+    repo: str, revision: str | None, field: str, ctx: RunContext, reserve: int, secret: str | None, plain: bool
+) -> Staged:
+    from huggingface_hub import hf_hub_download, hf_hub_url, snapshot_download
 
     client = hub.client(secret)
     # Asks the hub for the commit, unless the revision is one; where the hub is down, the cache knows the last one.
@@ -64,6 +71,9 @@ def _stage(repo: str, revision: str | None, field: str, ctx: RunContext, reserve
     files = {file.path: file for file in client.list_repo_tree(repo, revision=commit) if hasattr(file, "blob_id")}
     names = _chosen(files)
     _check(repo, names, files, field)
+    if plain and CONFIG in names:
+        found = hf_hub_download(repo, CONFIG, revision=commit, token=secret or False)
+        refuse_quantised(Path(found), repo, field)
     missing = {name: _wanted(repo, files[name]) for name in names if not _is_here(repo, commit, name, files[name])}
     total = sum(file.size for file in missing.values())
     parts.discard(_wanted(repo, files[name]) for name in names)
@@ -91,6 +101,23 @@ def _stage(repo: str, revision: str | None, field: str, ctx: RunContext, reserve
         raise ConnectionError(f"{', '.join(absent[:5])} did not come")
     ctx.event("model_download_complete", f"{repo} is here.", repo=repo, commit=commit, bytes=total)
     return Staged(Path(found), commit)
+
+
+def refuse_quantised(config: Path, repo: str, field: str) -> None:
+    """Raises RunError quantised_base for a config.json of weights that are stored quantised."""
+    try:
+        found = json.loads(config.read_bytes()).get("quantization_config")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # the loader names that fault
+    if found:
+        method = found.get("quant_method", "unknown method") if isinstance(found, dict) else "unknown method"
+        sibling = inspect.unquantised_sibling(repo)
+        raise RunError(
+            Code.QUANTISED_BASE,
+            f"{field}: {repo} is stored quantised ({method}); nothing of its weights was fetched",
+            param=field,
+            hint="Name the unquantised model" + (f", probably {sibling}." if sibling else "."),
+        )
 
 
 def _chosen(names: Mapping[str, Any] | Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from app.errors import AppError, BadRequest, Code
 
 _MAX_HEADER = 100 << 20
 _MAX_CONFIG = 10 << 20
+_MODEL, _ADAPTER, _INDEX = "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"
 _QUANTISED = re.compile(r"[-_](?:bnb[-_]4bit|unsloth|gptq|awq|fp8|gguf|[48]bit|int[48]|w\d+a\d+)\b", re.I)
 
 
@@ -37,10 +38,46 @@ def read_json(path: Path, param: str, most: int = _MAX_CONFIG) -> dict[str, Any]
     return value
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that are a folder's model or adapter, sorted: what its index names, else the one file.
+
+    Other programs' copies of the same weights lie beside them in some folders (``consolidated.safetensors``). Without
+    an index or a file of the usual name all count. Raises ValueError for an index that cannot be followed.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    names = [path.name for path in found]
+    whole = _ADAPTER if (folder / "adapter_config.json").is_file() and _ADAPTER in names else _MODEL
+    if whole == _MODEL and (folder / _INDEX).is_file():
+        wanted = _indexed(folder / _INDEX)
+        if absent := sorted(wanted - set(names)):
+            raise ValueError(f"{_INDEX} names {absent[0]}, which is not there")
+        if _MODEL in names and _MODEL not in wanted:
+            raise ValueError(f"{_MODEL} and {_INDEX} are two models: take one of them out")
+        return [path for path in found if path.name in wanted]
+    return [folder / whole] if whole in names else found
+
+
+def _indexed(path: Path) -> set[str]:
+    """The files that an index names. Raises ValueError."""
+    try:
+        if path.stat().st_size > _MAX_HEADER:
+            raise ValueError("it is too large")
+        wanted = {str(name) for name in json.loads(path.read_bytes())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from error
+    if not wanted:
+        raise ValueError(f"{path.name} names no file")
+    return wanted
+
+
 def tensor_shapes(folder: Path, param: str) -> dict[str, list[int]]:
-    """Names and shapes of all tensors in a folder's safetensors files."""
+    """Names and shapes of all tensors of a folder's model or adapter. Raises BadRequest."""
     shapes: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    try:
+        files = weight_files(folder)
+    except ValueError as error:
+        raise BadRequest(f"{param}: {error}", param=param, code=Code.MODEL_INVALID) from error
+    for path in files:
         shapes |= _header(path, param)
     return shapes
 
@@ -63,6 +100,12 @@ def unquantised_sibling(reference: str) -> str | None:
     """The likely name of the model that a quantised one was made from; None where its own name tells nothing."""
     sibling = _QUANTISED.sub("", reference)
     return sibling if sibling != reference else None
+
+
+def quantised_by_name(reference: str) -> str | None:
+    """What in a model's name says that its weights are stored quantised; None where nothing does."""
+    marks = [mark[0][1:] for mark in _QUANTISED.finditer(reference)]
+    return next((mark for mark in marks if mark.lower() != "unsloth"), None)  # who packed it: that alone says nothing
 
 
 def check_unquantised(config: dict[str, Any], param: str, purpose: str, reference: str = "") -> None:

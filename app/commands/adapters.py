@@ -106,12 +106,15 @@ def import_model(
     path: Annotated[Path, typer.Argument(exists=True, help="A Hugging Face folder, or a .gguf file.")],
     name: Annotated[str, typer.Option(help="Name in the registry.")],
     kind: Annotated[folders.Kind | None, typer.Option(help="What it is; default what the folder's files say.")] = None,
+    base: Annotated[str | None, typer.Option(help="Of an adapter: the model that it was trained on.")] = None,
     json: AsJson = False,
 ) -> None:
     """Registers a model or adapter that lies in a folder of this machine."""
     kind = kind or folders.kind_of(path)
     spec = {"type": "import", "path": str(path.resolve()), "name": name, "kind": kind}
-    with service_for(folders.readable([path])) as client:
+    with service_for(folders.readable([path, folders.as_path(base)])) as client:
+        if base:
+            spec["base"] = folders.reference(client, base)
         submitted(client, client.submit(spec), True, json)
 
 

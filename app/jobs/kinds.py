@@ -20,6 +20,8 @@ def left_by(type_: str, algorithm: str | None, spec: Mapping[str, Any]) -> Left 
         return "adapter" if (spec.get("model") or {}).get("use_peft", True) else "model"
     if type_ == "export":
         return "gguf"
+    if type_ == "import" and spec.get("kind") == "adapter":
+        return "adapter"
     return "model" if type_ in _MODEL_MAKERS else None
 
 

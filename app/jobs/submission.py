@@ -22,7 +22,20 @@ from app.deployments.adapters import check_free
 from app.errors import BadRequest, Code, IdempotencyKeyReused, InsufficientStorage, NotFound
 from app.files import repository as files
 from app.files.rows import CHATS
-from app.jobs import asking, continuing, estimate, exporting, judges, kinds, merging, naming, pushing, repository
+from app.jobs import (
+    asking,
+    bases,
+    continuing,
+    estimate,
+    exporting,
+    gates,
+    judges,
+    kinds,
+    merging,
+    naming,
+    pushing,
+    repository,
+)
 from app.jobs.intake import Intake, validate_spec
 from app.jobs.repository import Move
 from app.jobs.schemas import JobOut
@@ -211,6 +224,7 @@ class Submission:
     def _resolve(self, spec: JobSpec, resolved: dict[str, Any]) -> list[str]:
         """Checks that every input exists, pins it in ``resolved``, and says which jobs must end first."""
         waits: list[str] = []
+        known: list[tuple[references.Resolved, str, str]] = []
         for path, kind, value in references.references(spec):
             if kind == "file":
                 self._check_file(value, path)
@@ -227,6 +241,7 @@ class Submission:
             if spec.type == "push_to_hub":
                 pushing.check(self._settings, spec, found, path, value)
             set_at(resolved, path, found.pinned)
+            bases.refuse_quantised_name(spec, found, path)
             if found.job_id:
                 waits.append(found.job_id)
             elif found.folder and kind == "adapter":
@@ -239,8 +254,13 @@ class Submission:
                 judges.check_reward(found, path)
             elif found.folder and isinstance(spec, TrainSpec):
                 self._check_start(spec, found, path)
+            known.append((found, kind, path))
         if spec.type == "merge":
             merging.check(self._session, self._settings, self._catalog, self._caller.project_id, resolved)
+        for found, kind, path in known:
+            bases.check_known(self._session, self._settings, self._caller.project_id, spec, found, kind, path)
+        if spec.type == "evaluate":
+            waits += gates.settle(self._session, self._settings, self._caller.project_id, resolved)
         if isinstance(spec, TrainSpec):
             judges.check(self._session, self._caller.project_id, spec, resolved)
         if isinstance(spec, TrainSpec) and spec.from_checkpoint is not None:

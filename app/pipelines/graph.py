@@ -34,6 +34,30 @@ def order(edges: Mapping[str, Mapping[str, str]]) -> list[str]:
         ) from error
 
 
+def heedless(
+    edges: Mapping[str, Mapping[str, str]], publishers: Sequence[str], exams: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Steps that make public what an exam asks, or what comes of it, and do not wait for it: ``(step, exam)``."""
+
+    def waits_for(step: str) -> set[str]:
+        found: set[str] = set()
+        left = [step]
+        while left:
+            left += (others := set(edges[left.pop()].values()) - found)
+            found |= others
+        return found
+
+    def asks(step: str) -> set[str]:
+        return {other for field, other in edges[step].items() if not field.startswith("after.")}
+
+    return [
+        (step, exam)
+        for step in publishers
+        for exam in exams
+        if exam not in (before := waits_for(step)) and asks(exam) & before
+    ]
+
+
 def _unknown(param: str, name: str, steps: Sequence[str]) -> BadRequest:
     near = difflib.get_close_matches(name, steps, 1)
     return BadRequest(

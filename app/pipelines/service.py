@@ -25,6 +25,7 @@ from app.settings import Settings
 from app.states import JobState
 
 _OF_A_JOB = ("ftjob-", "job-")
+_PUBLISHERS = ("deploy", "push_to_hub")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Step:
     after: list[str] = field(default_factory=list)
     named: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Field → kind of the field, and the step that it names."""
+    warnings: list[str] = field(default_factory=list)
 
     def edges(self) -> dict[str, str]:
         """Field → the step that it waits for."""
@@ -62,6 +64,14 @@ def read(data: Any, catalog: Catalog) -> tuple[PipelineIn, list[Step]]:
             left = kinds.left_by(source.type, getattr(source, "algorithm", None), source.model_dump(mode="json"))
             with _within(step.name):
                 kinds.check(step.intake.spec, path, kind, f"job:{other}", left, source.type)
+    for publisher, exam in graph.heedless(
+        {name: step.edges() for name, step in steps.items()},
+        [name for name, step in steps.items() if step.intake.spec.type in _PUBLISHERS],
+        [name for name, step in steps.items() if getattr(step.intake.spec, "gate", None) is not None],
+    ):
+        steps[publisher].warnings.append(
+            f"does not wait for {exam}, and comes out whatever its gate says; after: [{exam}] makes it wait"
+        )
     return asked, [steps[name] for name in order]
 
 
@@ -141,9 +151,9 @@ def create(
         for path, (_, other) in step.named.items():
             set_at(body, path, f"job:{made[other]}")
         with _within(step.name):
-            job = submission.add(
-                validate_spec(body, catalog), [made[other] for other in step.after], pipeline_id=pipeline.id
-            )
+            intake = validate_spec(body, catalog)
+            intake.warnings.extend(step.warnings)
+            job = submission.add(intake, [made[other] for other in step.after], pipeline_id=pipeline.id)
         made[step.name] = job.id
         session.add(PipelineStep(pipeline_id=pipeline.id, name=step.name, position=positions[step.name], job_id=job.id))
         session.flush()

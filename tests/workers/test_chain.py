@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from app.catalog import Catalog
 from app.errors import Code, RunError
 from tests.workers.context import RecordingContext
-from workers.loading import MergeSpec
+from workers.loading import MergeSpec, sha256_files
+from workers.loading.weights import weight_files
 from workers.merges import lora
 from workers.operations.merge import run as merge
 from workers.recipes import sft
@@ -53,14 +54,14 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def merged(root: Path, adapter: Path, tiny: Path, under: tuple[Path, ...]) -> RecordingContext:
+def merged(root: Path, adapter: Path, tiny: Path, under: tuple[Path, ...], **fields: Any) -> RecordingContext:
     ctx = RecordingContext(
         root,
         {"adapter": adapter, "base_model": tiny},
         {"adapter": {"name": "second", "under": [str(layer) for layer in under]}, "base_model": {"name": "tiny"}},
         catalog=CATALOG,
     )
-    merge(MergeSpec.model_validate({"adapter": "artifact:b", "torch_dtype": "float32"}), ctx)
+    merge(MergeSpec.model_validate({"adapter": "artifact:b", "torch_dtype": "float32", **fields}), ctx)
     return ctx
 
 
@@ -76,6 +77,30 @@ def test_merging_the_last_folds_every_one_once(tmp_path: Path, tiny: Path, first
     assert certificate["verdict"] == "passed"
     assert len(certificate["layers"]) == 1
     assert not torch.allclose(logits(load(tiny)), logits(by_peft), atol=1e-3)
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_named_root_takes_the_whole_chain(
+    allow: bool, tmp_path: Path, tiny: Path, first: Path, numbers: Path
+) -> None:
+    second = on_top(tmp_path / "second", tiny, first, numbers).folder
+    named = {"base_model": "tiny", "allow_base_mismatch": allow, "proof_prompts": 0}
+    with_name = merged(tmp_path / "named", second, tiny, (first,), **named)
+    without = merged(tmp_path / "plain", second, tiny, (first,), proof_prompts=0)
+    assert sha256_files(weight_files(with_name.folder)) == sha256_files(weight_files(without.folder))
+    assert len(with_name.results["certificate"]["layers"]) == 1
+
+
+def test_another_base_takes_the_last_alone_and_says_so(tmp_path: Path, tiny: Path, first: Path, numbers: Path) -> None:
+    second = on_top(tmp_path / "second", tiny, first, numbers).folder
+    other = merged(tmp_path / "other", first, tiny, ()).folder
+    with pytest.raises(RunError, match="has other weights of the same shapes"):
+        merged(tmp_path / "refused", second, other, (first,), base_model="other")
+    named = {"base_model": "other", "allow_base_mismatch": True}
+    ctx = merged(tmp_path / "merge", second, other, (first,), **named)
+    event = next(event for event in ctx.events if event["code"] == "layers_left_out")
+    assert (event["level"], event["layers"]) == ("warn", 1)
+    assert ctx.results["certificate"]["layers"] == []
 
 
 def test_a_run_starts_where_the_adapter_below_ended(tmp_path: Path, tiny: Path, first: Path, numbers: Path) -> None:

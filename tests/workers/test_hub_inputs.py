@@ -54,7 +54,7 @@ def context(
     inputs = {field: {"hub": REPO, "revision": revision, "pinned": pinned}}
     spec = {"model": {"model_name_or_path": pinned, "revision": None}} if spec is None else spec
     folder.mkdir()
-    return JobContext(folder, {"job_id": "ftjob-1", "spec": spec, "inputs": inputs, **more}, Catalog())
+    return JobContext(folder, {"job_id": "ftjob-1", "spec": spec, "inputs": inputs} | more, Catalog())
 
 
 def told(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -91,6 +91,22 @@ def test_a_gated_model_names_the_licence_and_the_token(hub: HubServer, commit: s
     assert "HF_TOKEN" in error.hint
     hub.store.accounts[TOKEN] = Account("alice", ("acme",), licences=(REPO,))
     assert context(tmp_path / "a2").input(FIELD).name == commit
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_quantised_base_is_refused_before_its_weights_are_fetched(
+    whole: bool, hub: HubServer, tmp_path: Path
+) -> None:
+    config = b'{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}'
+    hub.store.add(REPO, {**FILES, "config.json": config})
+    pinned = {"hub": REPO, "revision": None, "pinned": f"hub:{REPO}", "plain": not whole}
+    if whole:  # a job that takes weights as they are stored
+        assert context(tmp_path / "a1", inputs={FIELD: pinned}).input(FIELD).is_dir()
+        return
+    error = refused(tmp_path / "a1", inputs={FIELD: pinned})
+    assert (error.code, error.transient) == (Code.QUANTISED_BASE, False)
+    assert "gptq" in error.message
+    assert [name for name in fetched(hub) if "safetensors" in name] == []
 
 
 def test_a_token_that_the_hub_does_not_know(hub: HubServer, commit: str, tmp_path: Path) -> None:

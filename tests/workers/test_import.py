@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from app.errors import Code, RunError
+from tests.workers.conftest import make_model
 from tests.workers.context import RecordingContext
 from workers.loading import Compute, load_base, load_tokenizer
 from workers.operations.import_model import ImportSpec, run
@@ -82,6 +83,25 @@ def test_an_adapter_of_old_comes_in_as_safetensors(tmp_path: Path, old_adapter: 
     assert ctx.results["converted_from"] == "adapter_model.bin"
 
 
+def test_an_adapter_whose_base_is_named_knows_it_and_has_to_fit(tmp_path: Path, old_adapter: Path, tiny: Path) -> None:
+    spec = ImportSpec.model_validate({"path": "/x", "name": "lora", "kind": "adapter", "base": "artifact:art-b"})
+    about = {"pinned": "artifact:art-b", "artifact_id": "art-b", "base_chain": ["hub:org/b"], "path": str(tiny)}
+    ctx = RecordingContext(tmp_path / "1", {"path": old_adapter, "base": tiny}, {"base": about})
+    run(spec, ctx)
+    assert ctx.outputs[0][2] == {
+        "name": "lora",
+        "imported": True,
+        "base": "artifact:art-b",
+        "base_artifact_id": "art-b",
+        "base_chain": ["hub:org/b", "import:job-test"],
+    }
+    other = make_model(tmp_path / "other", hidden_size=32)
+    about["path"] = str(other)
+    with pytest.raises(RunError, match="q_proj") as caught:
+        run(spec, RecordingContext(tmp_path / "2", {"path": old_adapter, "base": other}, {"base": about}))
+    assert caught.value.code == Code.BASE_MISMATCH
+
+
 class Evil:
     """Makes a file when it is unpickled."""
 
@@ -138,11 +158,10 @@ def test_a_pipe_is_refused_and_does_not_block(tmp_path: Path, source: Path) -> N
         bring(tmp_path, source)
 
 
-def test_pointers_to_foreign_code_are_taken_out_of_the_config(tmp_path: Path, source: Path) -> None:
+def test_where_a_model_came_from_is_taken_out_of_the_config(tmp_path: Path, source: Path) -> None:
     path = source / "config.json"
     config = json.loads(path.read_text())
-    foreign = {"auto_map": {"AutoModel": "evil.Model"}, "_attn_implementation_internal": "hub/x", "_name_or_path": "/x"}
-    path.write_text(json.dumps(config | foreign))
+    path.write_text(json.dumps(config | {"_name_or_path": "/home/somebody/model"}))
     assert json.loads((bring(tmp_path, source).folder / "config.json").read_text()) == config
 
 

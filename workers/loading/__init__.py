@@ -16,6 +16,7 @@ from workers.loading.chain import (
     check_layers,
     checked_start,
     fold,
+    layers_below,
     starting_point,
 )
 from workers.loading.combining import Join, best_of_rank, by_factor, concatenate
@@ -87,6 +88,7 @@ __all__ = [
     "keep_start",
     "label_measure",
     "layer_digests",
+    "layers_below",
     "lengths",
     "load_base",
     "load_dataset",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from app.errors import Code, RunError
 from workers.loading.fresh import START_FILE
 from workers.loading.layout import PREFIX, place
-from workers.loading.weights import TensorInfo, fingerprint, sha256_files, tensor_headers
+from workers.loading.weights import TensorInfo, fingerprint, sha256_files, tensor_headers, weight_files
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -115,7 +115,7 @@ def check_base(adapter: Adapter, base: Path, name: str, *, allow_mismatch: bool 
 
 def layer_digests(layers: Sequence[Path]) -> list[str]:
     """What identifies each adapter: the sha256 of its weights."""
-    return [";".join(sorted(sha256_files(layer.glob("*.safetensors")).values())) for layer in layers]
+    return [";".join(sorted(sha256_files(weight_files(layer)).values())) for layer in layers]
 
 
 def adapted_modules(adapter: Adapter) -> list[str]:

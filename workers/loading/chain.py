@@ -11,8 +11,10 @@ from app.specs import TrainSpec
 from workers.loading.adapters import CONFIG_FILE, layer_digests, read_adapter
 from workers.loading.adapters import check_base as check_fit
 from workers.loading.conversations import load_tokenizer
+from workers.loading.merge_spec import MergeSpec
 from workers.loading.merging import SHARD_BYTES, copy_beside, read_merge, write_merge
 from workers.loading.models import base_label, check_weights, refuse_quantised
+from workers.loading.weights import fingerprint
 
 
 class Start(NamedTuple):
@@ -78,6 +80,26 @@ def check_chain(root: Path, layers: Sequence[Path]) -> None:
         adapter = read_adapter(layer)
         check_fit(adapter, root, root.name)
         check_layers(adapter.base, layers[:number])
+
+
+def layers_below(spec: MergeSpec, ctx: RunContext, field: str) -> list[Path]:
+    """The adapters that lie below the one of a field, which belong to their root alone, named or not.
+
+    Into another base (``allow_base_mismatch``) the adapter goes without them, with a warning: it may hold them already.
+    """
+    layers = [Path(layer) for layer in ctx.input_info(field).get("under", ())]
+    if not layers or not spec.base_model or not spec.allow_base_mismatch:
+        return layers
+    if read_adapter(ctx.input(field)).base.get("fingerprint") == fingerprint(ctx.input("base_model")):
+        return layers
+    ctx.event(
+        "layers_left_out",
+        f"{field}: the {len(layers)} adapters below are left out, because base_model is another base than theirs; "
+        "leave base_model out to merge all of them into their own",
+        level="warn",
+        layers=len(layers),
+    )
+    return []
 
 
 def attach(model: Any, adapter: Path) -> Any:

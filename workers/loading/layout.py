@@ -7,11 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 from app.errors import Code, RunError
 from app.peft import MOVING_STARTS, VARIANTS
-from app.targets import family_of
+from app.targets import model_types
 from workers.loading.weights import TensorInfo
 
 PREFIX = "base_model.model."
 HEAD = "lm_head.weight"
+ALPHA = 8
+"""``lora_alpha`` of a config that names none, as in peft."""
 Headers = Mapping[str, TensorInfo]
 _FACTORS = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<of>weight|bias))?$"
@@ -20,6 +22,9 @@ _FACTORS = re.compile(
 _EXPERTS = (("mlp.experts", "gate_proj", "up_proj", "down_proj"), ("block_sparse_moe.experts", "w1", "w3", "w2"))
 # Architectures whose experts lie in one tensor of (experts, in, out); everywhere else it is (experts, out, in).
 _INPUT_FIRST = frozenset({"gpt_oss", "aria", "aria_text"})
+# Architectures whose layers are Conv1D, which stores (in, out). An adapter's own fan_in_fan_out does not count: peft
+# sets it by the layer, whatever the file says.
+_CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 
 
 class Placed(NamedTuple):
@@ -94,8 +99,7 @@ class _Layout:
         self._config = config
         self._tensors = tensors
         self._base = base
-        family = family_of(base_config)
-        self._conv1d = bool(config.get("fan_in_fan_out")) or (family is not None and family.transposed)
+        self._conv1d = not _CONV1D.isdisjoint(model_types(base_config))
         kind = base_config.get("model_type")
         self._input_first = kind in _INPUT_FIRST
         tied = base_config.get("tie_word_embeddings", True)
@@ -206,7 +210,7 @@ class _Layout:
 
     def _scale(self, path: str, rank: int) -> float:
         """As peft finds it: the first name of ``alpha_pattern`` that fits the end of the path counts."""
-        alpha = float(self._config.get("lora_alpha") or rank)
+        alpha = float(self._config.get("lora_alpha", ALPHA))
         for name, value in (self._config.get("alpha_pattern") or {}).items():
             if re.match(rf"(.*\.)?({name})$", path):
                 alpha = float(value)

@@ -7,14 +7,14 @@ from typing import Any
 from app.catalog import RunContext
 from app.errors import Code, RunError
 from workers.loading.adapters import check_base, layer_digests, read_adapter, write_base_record
-from workers.loading.chain import check_layers
+from workers.loading.chain import check_layers, layers_below
 from workers.loading.combining import Join, combine
 from workers.loading.companions import copy_companions, has_tokenizer, tokenizer_files
 from workers.loading.merge_spec import MergeSpec
 from workers.loading.models import base_label, refuse_quantised
 from workers.loading.origins import told_origin
 from workers.loading.proved import merge_adapter
-from workers.loading.weights import sha256_files
+from workers.loading.weights import sha256_files, weight_files
 
 
 def merge_combined(spec: MergeSpec, ctx: RunContext, join: Join, *, equal_ranks: bool = False) -> None:
@@ -25,7 +25,7 @@ def merge_combined(spec: MergeSpec, ctx: RunContext, join: Join, *, equal_ranks:
     base_dir = ctx.input("base_model")
     name = base_label(ctx.input_info("base_model"), spec.base_model or base_dir.name)
     refuse_quantised(base_dir, "merged into", name)
-    layers = [[Path(layer) for layer in info.get("under", ())] if not spec.base_model else [] for info in infos]
+    layers = [layers_below(spec, ctx, field) for field in fields]
     origins = []
     for field, folder, below in zip(fields, folders, layers, strict=True):
         adapter = read_adapter(folder)
@@ -61,7 +61,7 @@ def merge_combined(spec: MergeSpec, ctx: RunContext, join: Join, *, equal_ranks:
                 "artifact_id": info.get("artifact_id"),
                 "weight": weight,
                 "base": origin,
-                "sha256": sha256_files(folder.glob("*.safetensors")),
+                "sha256": sha256_files(weight_files(folder)),
             }
             for info, folder, weight, origin in zip(
                 infos, folders, spec.weights or [1.0] * len(folders), origins, strict=True

@@ -20,7 +20,7 @@ from workers.loading.models import base_label, refuse_quantised
 from workers.loading.proof import PROMPTS, prompt_ids
 from workers.loading.proved import CERTIFICATE, check_tokenizer, installed, judge_bytes
 from workers.loading.recount import Findings, Reader, is_finite
-from workers.loading.weights import TensorInfo, sha256_files, stored_dtype, tensor_headers
+from workers.loading.weights import TensorInfo, sha256_files, stored_dtype, tensor_headers, weight_files
 
 
 def merge_models(spec: MergeSpec, ctx: RunContext, mixture: Mixture) -> None:
@@ -64,12 +64,10 @@ def merge_models(spec: MergeSpec, ctx: RunContext, mixture: Mixture) -> None:
         },
         "tokenizer": {"from": tokenizer.name, "sha256": sha256_files(tokenizer_files(folder))},
         "models": [
-            {**_origin(ctx, field), "weight": weight, "sha256": sha256_files(model.glob("*.safetensors"))}
+            {**_origin(ctx, field), "weight": weight, "sha256": sha256_files(weight_files(model))}
             for field, model, weight in zip(fields, models, weights, strict=True)
         ],
-        "base": None
-        if base is None
-        else {**_origin(ctx, "base_model"), "sha256": sha256_files(base.glob("*.safetensors"))},
+        "base": None if base is None else {**_origin(ctx, "base_model"), "sha256": sha256_files(weight_files(base))},
         "merged": {"sha256": digests},
         "versions": installed(),
     }

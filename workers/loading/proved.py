@@ -21,7 +21,7 @@ from workers.loading.models import base_label, refuse_quantised
 from workers.loading.origins import told_origin
 from workers.loading.proof import PROMPTS, Effect, prompt_ids
 from workers.loading.recount import Findings, Recount
-from workers.loading.weights import sha256_files, stored_dtype, tensor_headers
+from workers.loading.weights import sha256_files, stored_dtype, tensor_headers, weight_files
 
 # Where the API looks for it.
 CERTIFICATE = "certificate.json"
@@ -84,15 +84,15 @@ def merge_adapter(
             **about,
             **origin,
             "trained_on": quantization or ("unquantised" if adapter.base else "unknown"),
-            "sha256": sha256_files(adapter_dir.glob("*.safetensors")),
+            "sha256": sha256_files(weight_files(adapter_dir)),
         },
-        "layers": [{"sha256": sha256_files(layer.glob("*.safetensors"))} for layer in layers],
+        "layers": [{"sha256": sha256_files(weight_files(layer))} for layer in layers],
         "base": {
             "name": name,
             "artifact_id": base_info.get("artifact_id"),
             "merged_into": rounding or "unquantised",
             "mismatch_allowed": spec.allow_base_mismatch,
-            "sha256": sha256_files(base_dir.glob("*.safetensors")),
+            "sha256": sha256_files(weight_files(base_dir)),
         },
         "merged": {"sha256": digests},
         "versions": installed(),

@@ -1,8 +1,10 @@
 """The proof of a merged model's bytes: every tensor worked out again from base and adapters, and compared.
 
-Nothing that the writer held is used: headers, configs and factors are read anew, through safetensors' own reader, and
-the sums are written down a second time. Only where a matrix is cut into blocks is shared with the writer, because the
-last bit of a product depends on it.
+Nothing that the writer held is used: headers, configs and factors are read anew, through safetensors' own reader; the
+sums are written down a second time, scale and orientation are read from other signs. Shared with the writer are four
+things. Where a matrix is cut into blocks, because the last bit of a product depends on it. Which tensor a module's
+factors go to (``place``). Which tensor is the embedding, and whether the head is it. What 4-bit storage does, and to
+which tensors. A mistake in the last three shows in the logits alone.
 """
 
 import json
@@ -21,6 +23,7 @@ from workers.loading.devices import set_threads
 from workers.loading.layout import HEAD, Placed, embedding_of, place
 from workers.loading.merging import quantised_weights, read_config, tied
 from workers.loading.nf4 import round_trip
+from workers.loading.second_reading import SecondReading
 from workers.loading.shards import INDEX
 from workers.loading.weights import TensorInfo, tensor_headers
 
@@ -139,7 +142,8 @@ class Recount:
         config, reader, squares = read_config(base), Reader(), 0.0
         for number, folder in enumerate(adapters):
             adapter = read_adapter(folder)
-            for item in place(adapter.config, adapter.tensors, self._base, config):
+            reading = SecondReading(adapter.config, adapter.tensors, self._base, config.get("hidden_size"))
+            for item in map(reading.of, place(adapter.config, adapter.tensors, self._base, config)):
                 names = (*item.names, *((item.magnitude,) if item.magnitude else ()))
                 module = item.module if number == len(adapters) - 1 else f"{item.module} of adapter {number + 1}"
                 raw = {name: reader.tensor(name, adapter.tensors[name]) for name in names}

@@ -89,7 +89,9 @@ class EvaluateSpec(JobSpec):
     asks_served: ClassVar[bool] = True
     model: ModelRef
     baseline: ModelRef | None = Field(
-        None, description="What it is compared with; default: of an adapter what it was trained on, of a model nothing."
+        None,
+        description="What it is compared with; default: of an adapter what it was trained on, of a model nothing, with "
+        "a gate the base that it was merged into or trained from.",
     )
     deployment: Name | None = Field(
         None,

@@ -11,23 +11,33 @@ import shutil
 import stat
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from app.catalog import Operation, RunContext
 from app.errors import Code, RunError
-from app.specs import JobSpec, ModelRef, Name
-from workers.loading import load_base, load_tokenizer, read_adapter, set_threads, sha256_files, tensor_headers
+from app.specs import JobSpec, ModelRef, Name, conflict
+from workers.loading import (
+    base_label,
+    check_base,
+    intake,
+    load_base,
+    load_tokenizer,
+    read_adapter,
+    set_threads,
+    sha256_files,
+    tensor_headers,
+)
 from workers.loading.adapters import WEIGHTS_FILE
 from workers.loading.devices import Compute
+from workers.loading.weights import weight_files
 
 ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # Left behind: whose folder it was, what a foreign trainer remembered, and what we wrote about another copy.
 FOREIGN = ("trainer_state.json", "training_args*", "optimizer*", "scheduler*", "rng_state*", "*.index.json.lock")
 SKIPPED = (*FOREIGN, "MANIFEST.json", "COMPLETE.json")
-MAX_CONFIG_BYTES = 16 * 1024 * 1024
 OLD_ADAPTER = "adapter_model.bin"
 PROBE = "What is the capital of France?"
 PROBE_ANSWER = "The capital of France is Paris."
@@ -40,6 +50,15 @@ class ImportSpec(JobSpec):
     path: ModelRef
     name: Name
     kind: Literal["model", "adapter"] = Field("model", description="What the folder holds.")
+    base: ModelRef | None = Field(
+        None, description="Of an adapter: what it was trained on, which every later job then knows."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.base is not None and self.kind != "adapter":
+            raise conflict("base", "base is for adapters", "Leave it out, or say kind: adapter.")
+        return self
 
 
 def run(spec: ImportSpec, ctx: RunContext) -> None:
@@ -47,7 +66,7 @@ def run(spec: ImportSpec, ctx: RunContext) -> None:
     ctx.phase("staging")
     source = ctx.input("path")
     gguf = _gguf(source)
-    folder = ctx.output(spec.kind, spec.name, imported=True)
+    folder = ctx.output(spec.kind, spec.name, imported=True, **_descent(spec, ctx))
     converted = "gguf" if gguf else None
     if gguf:
         if spec.kind == "adapter":
@@ -62,9 +81,23 @@ def run(spec: ImportSpec, ctx: RunContext) -> None:
             _refuse_pickles(source)
         _copy(source, folder, ctx)
         _check(folder, spec.kind)
+        if spec.base is not None and (lies := ctx.input_info("base").get("path")):
+            check_base(read_adapter(folder), Path(lies), base_label(ctx.input_info("base"), spec.base))
     files = sorted(path.name for path in folder.iterdir())
     total = sum(path.stat().st_size for path in folder.iterdir())
     ctx.result(name=spec.name, kind=spec.kind, files=files, bytes=total, converted_from=converted)
+
+
+def _descent(spec: ImportSpec, ctx: RunContext) -> dict[str, Any]:
+    """What the artifact says of where it comes from, where that is said."""
+    if spec.base is None:
+        return {}
+    base = ctx.input_info("base")
+    return {
+        "base": base["pinned"],
+        "base_artifact_id": base.get("artifact_id"),
+        "base_chain": [*(base.get("base_chain") or [base["pinned"]]), f"import:{ctx.job_id}"],
+    }
 
 
 def _gguf(source: Path) -> Path | None:
@@ -105,20 +138,22 @@ def _refuse_pickles(source: Path) -> None:
 
 def _copy(source: Path, folder: Path, ctx: RunContext) -> None:
     ctx.phase("saving")
-    skipped = []
+    skipped, weights = [], {path.name for path in weight_files(source)}
     for path in sorted(source.iterdir()):
         name = path.name
         wanted = any(fnmatch(name, glob) for glob in ALLOWED) and not any(fnmatch(name, glob) for glob in SKIPPED)
+        wanted = wanted and (name in weights or path.suffix != ".safetensors")
         if not wanted or (path.is_dir() and not path.is_symlink()):
             skipped.append(name)
             continue
         _refuse_escape(path, source)
         _copy_file(path, folder / name)
+    intake.scan(folder)
     if skipped:
         ctx.event("file_skipped", f"not copied: {', '.join(skipped[:20])}", files=skipped[:100])
-    config = folder / "config.json"
-    if config.exists():
-        _clean_config(config)
+    for name, clean in (("config.json", _clean_config), ("adapter_config.json", intake.clean_adapter)):
+        if (folder / name).exists():
+            clean(folder / name)
 
 
 def _refuse_escape(path: Path, source: Path) -> None:
@@ -136,35 +171,39 @@ def _refuse_escape(path: Path, source: Path) -> None:
 
 
 def _copy_file(path: Path, target: Path) -> None:
-    # O_NONBLOCK: opening a FIFO must not wait for a writer. The type is asked of what was opened, not of the name.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as reading:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise RunError(Code.MODEL_INVALID, f"{path.name} is no regular file", param="path")
-        with target.open("xb") as writing:
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer. The type is asked of what was opened, not of the name.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise intake.refused(f"{path.name} cannot be opened: {error.strerror}", "Leave it out.") from error
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise intake.refused(f"{path.name} is no regular file", "Leave it out.")
+        if about.st_nlink > 1 and path.resolve().parent.name != "blobs":
+            message = f"{path.name} is a hard link: the same file has other names, which may lie anywhere"
+            raise intake.refused(message, "Copy the file itself into the folder.")
+        with os.fdopen(descriptor, "rb", closefd=False) as reading, target.open("xb") as writing:
             shutil.copyfileobj(reading, writing, 1 << 20)
+    finally:
+        os.close(descriptor)
 
 
 def _clean_config(path: Path) -> None:
-    """Takes out what points to foreign code or to where the model came from."""
+    """Takes out where the model came from. Raises RunError for an architecture that is not known here."""
     from transformers import CONFIG_MAPPING
 
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise RunError(Code.MODEL_INVALID, "config.json is too large", param="path")
-    try:
-        config = json.loads(path.read_text())
-        model_type = config["model_type"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(Code.MODEL_INVALID, f"config.json cannot be read: {error!r}", param="path") from error
-    if model_type not in CONFIG_MAPPING:
+    config = intake.read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise intake.refused("config.json cannot be read: it names no model_type", "Save it with save_pretrained.")
+    if config["model_type"] not in CONFIG_MAPPING:
         raise RunError(
             Code.MODEL_INVALID,
-            f"model type {model_type!r} is not known to the installed transformers",
+            f"model type {config['model_type']!r} is not known to the installed transformers",
             hint="models that bring their own code are not run" if "auto_map" in config else None,
             param="path",
         )
-    kept = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path")}
-    kept = {key: value for key, value in kept.items() if not key.endswith("_implementation_internal")}
+    kept = {key: value for key, value in config.items() if key != "_name_or_path"}
     if kept != config:
         path.write_text(json.dumps(kept, indent=2) + "\n")
 

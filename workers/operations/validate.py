@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
+from pydantic import Field
+
 from app.catalog import Operation, RunContext
 from app.errors import Code, RunError
 from app.specs import JobSpec, ModelRef
@@ -32,6 +34,7 @@ class ValidateSpec(JobSpec):
     type: Literal["validate"] = "validate"
     takes_adapters: ClassVar[bool] = True
     model: ModelRef
+    base_model: ModelRef | None = Field(None, description="Of an adapter; default: what it was trained on.")
 
 
 class Check(NamedTuple):

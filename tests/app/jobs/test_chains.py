@@ -45,7 +45,10 @@ def finish(database: Database, storage: Storage) -> Callable[..., None]:
                 make = make_adapter_folder if kind == "adapter" else make_model_folder
                 make(storage.artifact_dir(f"art-{job_id}"))
                 columns: dict[str, Any] = {"id": f"art-{job_id}", "name": "left-" + kind, "kind": kind, "bytes": 1}
-                artifacts.add(session, session.get_one(Job, job_id), sha256="", **columns)
+                job = session.get_one(Job, job_id)
+                model = job.resolved_spec.get("model")
+                facts = {"base": model["model_name_or_path"]} if kind == "adapter" else {}
+                artifacts.add(session, job, sha256="", **columns, facts=facts)
             assert repository.transition(session, job_id, JobState.RUNNING, Move(state, "t", "", values=values))
 
     return finish

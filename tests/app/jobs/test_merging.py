@@ -43,8 +43,9 @@ def pair(models: Path) -> list[str]:
     return [str(adapter(models / name)) for name in ("one", "two")]
 
 
-def test_adapters_are_pinned_one_by_one(api: TestClient, pair: list[str]) -> None:
-    answer = api.post("/jobs", json={"type": "merge", "adapters": pair, "method": "linear", "weights": [0.5, -1]})
+def test_adapters_are_pinned_one_by_one(api: TestClient, models: Path, pair: list[str]) -> None:
+    spec = {"type": "merge", "adapters": pair, "base_model": str(models / "tiny"), "method": "linear"}
+    answer = api.post("/jobs", json={**spec, "weights": [0.5, -1]})
     assert answer.status_code == 201, answer.text
     assert answer.json()["resolved_spec"]["adapters"] == pair
 
@@ -97,7 +98,8 @@ def test_ranks_and_shapes_are_compared_by_the_headers(api: TestClient, models: P
     assert (error["param"], error["code"]) == ("adapters.1", "conflicting_fields")
     assert "model.layers.0.q_proj has rank 4, in adapters.0 rank 2; ties takes equal ones" in error["message"]
     assert "cat" in error["hint"]
-    assert api.post("/jobs", json={"type": "merge", "adapters": [pair[0], other], "method": "svd"}).status_code == 201
+    spec = {"type": "merge", "adapters": [pair[0], other], "base_model": str(models / "tiny"), "method": "svd"}
+    assert api.post("/jobs", json=spec).status_code == 201
 
 
 def test_adapters_of_other_shapes_are_no_pair(api: TestClient, models: Path, pair: list[str]) -> None:

@@ -145,10 +145,11 @@ def test_a_merge_into_a_quantised_base_is_refused_with_its_sibling(api: TestClie
 @on_sqlite
 def test_an_adapter_field_takes_only_an_adapter(api: TestClient, models: Path) -> None:
     make_adapter_folder(models / "adapter")
-    answer = api.post("/jobs", json={"type": "merge", "adapter": str(models / "tiny")})
+    spec = {"type": "merge", "base_model": str(models / "tiny")}
+    answer = api.post("/jobs", json={**spec, "adapter": str(models / "tiny")})
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "adapter_invalid"
-    assert api.post("/jobs", json={"type": "merge", "adapter": str(models / "adapter")}).status_code == 201
+    assert api.post("/jobs", json={**spec, "adapter": str(models / "adapter")}).status_code == 201
 
 
 @on_sqlite

@@ -268,3 +268,35 @@ def test_an_exam_that_is_not_passed_stops_what_waits_for_it(
     assert now["merged"]["status"] == "cancelled"
     assert now["merged"]["error"]["code"] == "dependency_failed"
     assert now["check"]["status"] == "queued"
+
+
+@pytest.mark.parametrize(
+    ("merged", "deployed", "warned"),
+    [
+        ({}, {}, True),
+        ({}, {"after": ["exam"]}, False),
+        ({"after": ["exam"]}, {}, False),
+    ],
+)
+def test_a_deployment_that_does_not_wait_for_the_gate_is_warned_of(
+    merged: dict[str, Any],
+    deployed: dict[str, Any],
+    warned: bool,
+    api: TestClient,
+    train: Callable[..., dict[str, Any]],
+    file_id: str,
+) -> None:
+    grader = {"type": "string_check", "reference": "seven"}
+    jobs = {
+        "sft": train(),
+        "exam": {"type": "evaluate", "model": "job:sft", "dataset": {"file": file_id}, "graders": [grader], "gate": {}},
+        "merged": {"type": "merge", "adapter": "job:sft", **merged},
+        "live": {"type": "deploy", "model": "job:merged", "name": "live", **deployed},
+    }
+    answer = api.post("/pipelines", json={"name": "gated", "jobs": jobs})
+    assert answer.status_code == 201, answer.text
+    events = api.get(f"/jobs/{steps(answer.json())['live']['id']}/events").json()["data"]
+    said = [event["message"] for event in events if event["code"] == "spec_warning"]
+    assert said == (
+        ["does not wait for exam, and comes out whatever its gate says; after: [exam] makes it wait"] * warned
+    )
