@@ -147,7 +147,9 @@ def trained(guide: Guide) -> Guide:
 @pytest.fixture(scope="module")
 def merged(trained: Guide) -> Guide:
     """Block 9 has been run."""
-    trained.shell(with_names(BLOCKS[9]))
+    printed = trained.shell(with_names(BLOCKS[9]))
+    # The answer of the last command, to the prompt that block 11 gives the model.
+    assert re.search(r"^ +asked +你好，请介绍一下自己。\n +answers +'", printed, re.MULTILINE), printed
     return trained
 
 

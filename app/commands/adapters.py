@@ -170,7 +170,8 @@ def _model_lines(job: dict[str, Any]) -> None:
     if report["parameters"]:
         _rows(("parameters", f"{report['parameters']:,}"))
     if report["answer"] is not None:
-        _rows(("answers", repr(report["answer"])))
+        # A report of an older release does not say what was asked.
+        _rows(*((("asked", report["prompt"]),) if "prompt" in report else ()), ("answers", repr(report["answer"])))
 
 
 def _rows(*rows: tuple[str, Any]) -> None:
