@@ -10,7 +10,7 @@ SEED ?= 1
 BENCHMARKS := $(sort $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check static faults soak matrix bench locks clean
+.PHONY: help setup demo up test check static faults soak matrix proof bench locks clean
 
 help:
 	@echo "make demo        the main job end to end: fine-tune, merge, prove, serve, chat"
@@ -20,6 +20,7 @@ help:
 	@echo "make faults      the whole fault campaign, with what it measured (ARGS=--quick: its short forms)"
 	@echo "make soak        a seeded soak of the whole service: MINUTES=10 SEED=1"
 	@echo "make matrix      one training step of every cell of GET /capabilities, on this machine"
+	@echo "make proof       200 good merges and every planted defect, through the proof of a merge"
 	@echo "make bench       every benchmark; make bench-NAME runs benchmarks/NAME.py"
 	@echo "make setup       .venv and .venv-serve from the locks (the others do it first; SERVE=0 leaves out .venv-serve)"
 	@echo "make locks       resolve the locks again from pyproject.toml"
@@ -59,6 +60,9 @@ soak: setup
 
 matrix: setup
 	$(PYTEST) tests/workers/recipes/test_matrix.py tests/workers/recipes/test_matrix_ranks.py $(ARGS)
+
+proof: setup
+	$(PYTEST) --dist load -m long tests/workers/test_certificate.py $(ARGS)
 
 bench: setup
 	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done

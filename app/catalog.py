@@ -177,6 +177,8 @@ class Operation:
     """Beginnings of environment variables of the worker that its runner gets beside those that all get: secrets."""
     wants_card: bool = False
     """Whether ``ctx.input_info`` of an artifact holds its model card: ``card``, Markdown."""
+    offline: bool = False
+    """Whether it reads foreign files and asks nothing of a network: its runner has none where the machine allows it."""
 
     @property
     def name(self) -> str:

@@ -6,7 +6,8 @@ hashed it by then and renamed the folder; the others sync). Memory is read from 
 process and its children: anonymous memory is what a machine must have; resident memory counts mapped files too.
 
 Ours has two rows: the merge as it is published, and with the proof of every byte that a job always makes. The check of
-the logits is timed by itself. The merged tensors of ours and of peft are compared to the byte.
+the logits, which a job makes too unless ``proof_prompts`` is 0, is a process of its own: its row counts from when its
+libraries are there. The merged tensors of ours and of peft are compared to the byte.
 
 LLaMA-Factory and mergekit run where they are installed (``benchmarks/train.py --with-llamafactory``,
 ``--with-mergekit`` here); else the table says so.
@@ -79,6 +80,7 @@ def contenders(folder: Path) -> list[Contender]:
     return [
         Contender("cp + sync", "the base, copied", copying),
         Contender("tunesmith", "streamed, hashed, published", script(own, "ours", "ours")),
+        Contender("logits", "the check of ours", script(own, "logits", "ours")),
         Contender("peft", "load, merge_and_unload, save, sync", script(own, "by_peft", "peft")),
         Contender("llamafactory", "export, sync", script(str(other), "by_llamafactory", "factory"), {}, no_factory),
         Contender(
@@ -245,7 +247,7 @@ def one_size(size: str, root: Path, only: list[str] | None) -> dict[str, Any]:
             continue
         print(f"merging: {one.name}", file=sys.stderr)
         found["runs"][one.name] = {"about": one.about, **asdict(measure(one, folder))}
-        if one.name not in ("tunesmith", "peft"):
+        if one.name not in ("tunesmith", "logits", "peft"):
             shutil.rmtree(folder / one.command[-1], ignore_errors=True)
     if {"tunesmith", "peft"} <= found["runs"].keys():
         found["same_bytes_as_peft"] = same_bytes(folder / "ours", folder / "peft")
@@ -265,8 +267,10 @@ def show(found: dict[str, Any], console: Console) -> None:
         rows = [(f"{name}: {run['about']}", run["seconds"])]
         if run is ours:
             rows = [(f"{name}: {run['about']}", written), (f"{name}: and every byte proved", run["seconds"])]
+        if name == "logits":
+            rows = [(f"tunesmith: the logits of {run['said']['tokens']} tokens compared", run["said"]["seconds"])]
         for label, seconds in rows:
-            theirs = run is not ours and run is not copied
+            theirs = name not in ("tunesmith", "logits", "cp + sync")
             table.add_row(
                 label,
                 f"{seconds:.1f}",
@@ -307,7 +311,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = one_size(arguments.size, Path(folder), arguments.only)
         curve = [
-            one_size(size, Path(folder) / "curve", ["cp + sync", "tunesmith"]) for size in SIZES if arguments.curve
+            one_size(size, Path(folder) / "curve", ["cp + sync", "tunesmith", "logits"])
+            for size in SIZES
+            if arguments.curve
         ]
     if arguments.json:
         print(json.dumps({"compared": found, "curve": curve}, indent=2))

@@ -3,10 +3,12 @@
 Substitutions: the model, flags for data, reward model and steps, experiment names, ``import torch``.
 """
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -24,16 +27,19 @@ from app.running import running_service
 from app.settings import Settings
 from tests.guide import BASE, BLOCKS, SCRIPTS, needs_guide
 from tests.support import wait_for
-from tests.workers.conftest import conversation, make_model
+from tests.workers.conftest import conversation, make_servable_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "guide-deviations.md").read_text()
+ENGINE = Settings().engine_python
+# Of a machine without a GPU: a small cache, nothing compiled, no second process that imports everything again.
+ON_A_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 SFT, REWARD, PPO = "sft_qwen_lora_r16", "reward_qwen_qlora", "ppo_qwen_lora"
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), needs_guide]
 
 # What the tests below and those in test_guide_configs.py run, by the number of the block; the page says the same.
-RUN = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14, 15, 16, 17}
+RUN = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 15, 16, 17}
 
 
 @dataclass
@@ -88,7 +94,7 @@ def with_names(text: str) -> str:
 def guide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guide]:
     """A service of real processes with a tiny model, and a folder with the scripts and the guide's two configs."""
     root = tmp_path_factory.mktemp("guide")
-    make_model(root / "models" / "tiny")
+    make_servable_model(root / "models" / "tiny")
     folder = root / "project"
     folder.mkdir()
     for script in ("main.py", "merge_peft_model.py", "scripts"):
@@ -147,7 +153,9 @@ def trained(guide: Guide) -> Guide:
 @pytest.fixture(scope="module")
 def merged(trained: Guide) -> Guide:
     """Block 9 has been run."""
-    trained.shell(with_names(BLOCKS[9]))
+    printed = trained.shell(with_names(BLOCKS[9]))
+    # The answer of the last command, to the prompt that block 11 gives the model.
+    assert re.search(r"^ +asked +你好，请介绍一下自己。\n +answers +'", printed, re.MULTILINE), printed
     return trained
 
 
@@ -238,6 +246,48 @@ def test_the_merged_model_needs_only_transformers(merged: Guide) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.skipif(ENGINE is None, reason="needs vLLM: make setup, or TUNESMITH_SERVE_PYTHON")
+@pytest.mark.timeout(600)
+def test_the_merged_model_is_served_by_vllm_alone(merged: Guide, tmp_path: Path) -> None:
+    """Block 12 without its first line: vLLM's own Python, a port that is free, this machine alone, nothing compiled."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = BLOCKS[12].partition("python -m ")[2]
+    for old, new in (("0.0.0.0", "127.0.0.1"), ("--port 8000", f"--port {port} --enforce-eager")):
+        assert old in command
+        command = command.replace(old, new)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    log = tmp_path / "vllm.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {ENGINE} -I -m {command}"],
+            cwd=merged.folder,
+            env={**environment, **ON_A_CPU},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+            wait_for(lambda: process.poll() is not None or is_up(client), 480)
+            assert process.poll() is None, log.read_text()[-4000:]
+            question = {"messages": [{"role": "user", "content": "你好，请介绍一下自己。"}], "model": "my-model"}
+            answer = client.post("/v1/chat/completions", json={**question, "max_tokens": 8, "ignore_eos": True})
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["model"] == "my-model"
+            assert answer.json()["usage"]["completion_tokens"] == 8
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+def is_up(client: httpx.Client) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return client.get("/health").status_code == 200
+    return False
 
 
 def test_the_advanced_script_merges_in_the_asked_dtype(merged: Guide) -> None:

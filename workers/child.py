@@ -130,6 +130,8 @@ class Child:
             return ""
 
 
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""For a runner without a network: its libraries do not even try, and say so at once."""
 _OF_A_GPU = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 
 
@@ -170,9 +172,19 @@ def secrets_for(catalog: Catalog, job: Job, inputs: Mapping[str, Mapping[str, An
     operation = catalog.operations.get(job.type)
     prefixes = operation.variables if operation is not None else ()
     fetches = job.next_class is not None or not catalog.prepares(job.type, job.algorithm)
-    if fetches and any(entry.get("hub") and not entry.get("path") for entry in inputs.values()):
+    if fetches and _to_be_fetched(inputs):
         prefixes += HUB_TOKEN
     return {name: value for name, value in os.environ.items() if prefixes and name.startswith(prefixes)}
+
+
+def goes_offline(catalog: Catalog, job: Job, inputs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the job's runner is to have no network: its operation wants none, and nothing is left to fetch."""
+    operation = catalog.operations.get(job.type)
+    return operation is not None and operation.offline and not _to_be_fetched(inputs)
+
+
+def _to_be_fetched(inputs: Mapping[str, Mapping[str, Any]]) -> bool:
+    return any(entry.get("hub") and not entry.get("path") for entry in inputs.values())
 
 
 def token_of(settings: Settings, job: Job, slot_id: str) -> str:

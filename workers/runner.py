@@ -24,6 +24,7 @@ from app.specs import TrainSpec
 from app.storage import write_private
 from workers import ladder
 from workers.context import ATTEMPT, JobContext, result_path
+from workers.isolation import Network, leave_network
 from workers.warm import WARM, await_attempt
 
 # Where torch has no exception of its own for it: on the CPU, and below its allocator.
@@ -45,20 +46,23 @@ def main() -> int:
     harden()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     folder = await_attempt() if sys.argv[1] == WARM else Path(sys.argv[1])
+    attempt = json.loads((folder / ATTEMPT).read_bytes())
+    network = leave_network() if attempt.get("offline") else None  # before the first thread
     if LIFE_FD in os.environ:
         watch_lifeline(int(os.environ[LIFE_FD]), _parent_died)
     try:
-        return _run(folder)
+        return _run(folder, attempt, network)
     except OSError as error:
         if not disk.is_full(error):
             raise
         return states.EXIT_DISK_FULL  # there was not even room to say so
 
 
-def _run(folder: Path) -> int:
-    attempt = json.loads((folder / ATTEMPT).read_bytes())
+def _run(folder: Path, attempt: dict[str, Any], network: Network | None) -> int:
     catalog = discover(attempt["packages"])
     context = JobContext(folder, attempt, catalog)
+    if network is not None:
+        context.result(network=network)
     signal.signal(signal.SIGTERM, lambda *_: context.request_stop())
     spec: Any = None
     try:

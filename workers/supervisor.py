@@ -26,7 +26,7 @@ from app.queue import AnyDoorbell
 from app.settings import Settings
 from app.storage import KEPT, Storage, write_private
 from workers.checkpoints import clear_scratch, unheard
-from workers.child import Child, environment, secrets_for, token_of
+from workers.child import OFFLINE, Child, environment, goes_offline, secrets_for, token_of
 from workers.context import ATTEMPT, PREPARED
 from workers.inputs import attempt_file, attempt_spec, resume_point
 from workers.ledger import Flags, Ledger, Line
@@ -97,6 +97,7 @@ class Supervision:
                     self.ledger.prepare_again(fault)
                     return
                 attempt["prepared_dir"] = str(self.house.storage.root / self.job.prepared_ref)
+            attempt["offline"] = goes_offline(self.house.catalog, self.job, attempt["inputs"])
             spec = attempt_spec(self.house.catalog, self.job)
             lack = room.shortage(self.house.settings, spec, attempt["inputs"], self.folder.parent / KEPT)
             if lack is not None:
@@ -194,12 +195,15 @@ class Supervision:
     def spawn(self, module: str, attempt: Mapping[str, Any], secrets: Mapping[str, str] | None = None) -> Child:
         """Writes ``attempt.json`` and starts the child. Raises RunError when the disk refuses."""
         token = token_of(self.house.settings, self.job, self.slot_id)
-        spares = self.house.spares if module == RUNNER else None
+        offline = bool(attempt.get("offline"))
+        # A spare has threads already, which would keep the network, and its libraries have read their settings.
+        spares = self.house.spares if module == RUNNER and not offline else None
         try:
             self.folder.mkdir(mode=0o700, parents=True)
             write_private(self.folder / ATTEMPT, json.dumps(attempt).encode())
             spare = spares.take() if spares is not None else None
-            return Child(module, self.folder, token, environment(self.house.settings, self.gpu), spare, secrets)
+            wanted = environment(self.house.settings, self.gpu) | (OFFLINE if offline else {})
+            return Child(module, self.folder, token, wanted, spare, secrets)
         except OSError as error:
             code = Code.DISK_FULL if disk.is_full(error) else Code.STORAGE_ERROR
             raise RunError(code, f"the attempt cannot be started: {error}") from error

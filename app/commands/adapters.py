@@ -23,6 +23,12 @@ def merge(
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Take a base with other weights of the same shapes.")
     ] = False,
+    nf4_round_trip: Annotated[
+        bool, typer.Option("--nf4-round-trip", help="Round the base to 4 bit first, as it was while QLoRA trained.")
+    ] = False,
+    proof_prompts: Annotated[
+        int | None, typer.Option(min=0, max=8, help="Prompts whose logits are compared; default 8, 0 = none.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Merges an adapter into its base, with a proof."""
@@ -36,6 +42,8 @@ def merge(
             "output_name": output_name or (folders.name_of(output_path) if output_path else None),
             "torch_dtype": torch_dtype,
             "allow_base_mismatch": allow_base_mismatch or None,
+            "nf4_round_trip": nf4_round_trip or None,
+            "proof_prompts": proof_prompts,
         }
         given = {name: value for name, value in spec.items() if value is not None}
         job = submitted(client, client.submit({"type": "merge", **given}), True, json)
@@ -174,7 +182,8 @@ def _model_lines(job: dict[str, Any]) -> None:
     if report["parameters"]:
         _rows(("parameters", f"{report['parameters']:,}"))
     if report["answer"] is not None:
-        _rows(("answers", repr(report["answer"])))
+        # A report of an older release does not say what was asked.
+        _rows(*((("asked", report["prompt"]),) if "prompt" in report else ()), ("answers", repr(report["answer"])))
 
 
 def _rows(*rows: tuple[str, Any]) -> None:

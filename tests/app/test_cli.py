@@ -287,3 +287,15 @@ def test_a_deployment_is_changed(cli: Callable[..., Result], database: Database)
     failed = cli("deployments", "update", "dep-duo", "--option", "max_model_len=32")
     worker.join()
     assert (failed.exit_code, "it is broken" in failed.stderr) == (1, True), failed.output
+
+
+def test_merge_passes_on_how_it_is_proved(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr("app.client.Client.submit", lambda _, spec: sent.append(spec))
+    monkeypatch.setattr("app.commands.adapters.submitted", lambda *_: {})
+    for more in ([], ["--proof-prompts", 0, "--nf4-round-trip"]):
+        result = cli("merge", "--adapter-path", "numbers_lora", *more)
+        assert result.exit_code == 0, result.output
+    plain = {"type": "merge", "adapter": "numbers_lora"}
+    assert sent == [plain, {**plain, "proof_prompts": 0, "nf4_round_trip": True}]
+    assert cli("merge", "--adapter-path", "numbers_lora", "--proof-prompts", 9).exit_code == 2

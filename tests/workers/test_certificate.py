@@ -225,6 +225,7 @@ def test_a_planted_defect_is_caught(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_every_planted_defect_is_caught(
     tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

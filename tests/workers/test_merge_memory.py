@@ -5,16 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.workers import test_streaming
+from tests.workers.test_streaming import make_adapter, make_base
+
 ROOT = Path(__file__).parents[2]
 EMBEDDING = "model.embed_tokens.weight"
-MEMORY = """
+WATCH = """
 import sys, threading
 from pathlib import Path
-from workers.loading.merging import read_merge, write_merge
-from workers.loading.recount import Recount
 import torch
 
 def anonymous():
@@ -28,6 +30,10 @@ def watch():
         peak = max(peak, anonymous())
 
 threading.Thread(target=watch).start()
+"""
+MERGE = """
+from workers.loading.merging import read_merge, write_merge
+from workers.loading.recount import Recount
 base, adapter, out = map(Path, sys.argv[1:])
 try:
     write_merge(read_merge(base, [adapter]), out, out / "kept", shard_bytes=10**10)
@@ -37,6 +43,25 @@ finally:
 assert not found.false and found.changed == 1, found
 print(peak)
 """
+LOGITS = """
+from workers.loading.effect import measure_effect
+base, adapter, spool = map(Path, sys.argv[1:])
+try:
+    effect, _ = measure_effect(base, adapter, base, [[1, *range(2, 24 + 2 * number)] for number in range(8)], spool)
+finally:
+    over.set()
+assert effect.kl_tuned_base > 0 and effect.tokens == 240, effect
+print(peak)
+"""
+PROMISED = 512 << 20
+
+
+def peak_of(code: str, *paths: Path) -> int:
+    """Bytes of anonymous memory, at most, of a process that runs it."""
+    command = [sys.executable, "-c", WATCH + code, *map(str, paths)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    return int(ended.stdout)
 
 
 def test_neither_merge_nor_proof_takes_more_memory_than_is_promised(tmp_path: Path) -> None:
@@ -55,9 +80,15 @@ def test_neither_merge_nor_proof_takes_more_memory_than_is_promised(tmp_path: Pa
     factors = {f"{name}A": torch.randn(4, rows), f"{name}B": torch.randn(width, 4)}
     save_file(factors, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
-    command = [sys.executable, "-c", MEMORY, str(base), str(adapter), str(out)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode == 0, ended.stderr
+    peak = peak_of(MERGE, base, adapter, out)
     assert (out / "model.safetensors").stat().st_size > 640_000_000
-    size = sum(tensor.numel() * 4 for tensor in factors.values())
-    assert int(ended.stdout) < (512 << 20) + size
+    assert peak < PROMISED + sum(tensor.numel() * 4 for tensor in factors.values())
+
+
+def test_the_check_of_the_logits_keeps_the_promise_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens as Qwen has, so that eight prompts have 146 MB of logits in float32, and 292 MB in float64."""
+    monkeypatch.setitem(test_streaming.SIZES, "vocab_size", 151_936)
+    base = make_base(tmp_path / "base", "qwen2", dtype="bfloat16", tied=True)
+    adapter = make_adapter(tmp_path / "adapter", base)
+    size = (adapter / "adapter_model.safetensors").stat().st_size
+    assert peak_of(LOGITS, base, adapter, tmp_path / "spool") < PROMISED + size

@@ -4,12 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.errors import Code, RunError
+from tests.guide import BLOCKS, needs_guide
 from tests.workers.context import RecordingContext
-from workers.operations.validate import ValidateSpec, run
+from workers.operations.validate import MAX_NEW_TOKENS, PROMPT, ValidateSpec, run
 from workers.recipes import sft
 
 
@@ -41,6 +43,22 @@ def test_a_model_that_works_passes_every_check(tmp_path: Path, tiny: Path) -> No
     assert ctx.results["report"]["ok"]
     assert isinstance(ctx.results["report"]["answer"], str)
     assert ctx.resolutions == {}, "the spec has no field for it, so a second attempt could not read it"
+
+
+def test_it_answers_the_guides_prompt_greedily(tmp_path: Path, tiny: Path) -> None:
+    report = validate(tmp_path, tiny).results["report"]
+    assert report["prompt"] == "你好，请介绍一下自己。"
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    asked = [{"role": "user", "content": report["prompt"]}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    assert report["answer"] == tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@needs_guide
+def test_the_prompt_stands_in_the_guide() -> None:
+    assert f'input_text = "{PROMPT}"' in BLOCKS[11]
 
 
 def test_an_adapter_is_validated_on_its_base(tmp_path: Path, tiny: Path, numbers: Path) -> None:
@@ -78,7 +96,7 @@ def test_missing_weights_and_missing_tensors_fail(tmp_path: Path, tiny: Path) ->
 def test_a_tokenizer_larger_than_the_model_fails(tmp_path: Path, tiny: Path) -> None:
     folder = shutil.copytree(tiny, tmp_path / "bad")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["What is the capital"])
+    tokenizer.add_tokens([PROMPT])
     tokenizer.save_pretrained(folder)
     assert status(validate(tmp_path, folder))["vocabulary"] == "failed"
 

@@ -1,8 +1,8 @@
 """Logits of base, tuned and merged model in float32, with the memory of none of them.
 
 The weights stay in their files, which are mapped; each matrix is widened to float32 by rows while it is used. The
-tuned model is peft's own, so that the reference shares nothing with what merges. Logits lie in files too: eight prompts
-of a model with 150 000 tokens are 150 MB.
+tuned model is peft's own, so that the reference shares nothing with what merges. Logits lie in files too, from the
+moment that the output layer writes them: eight prompts of a model with 150 000 tokens are 150 MB.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ MOST_WIDENED = 256 << 20
 """Bytes of float32 that weights outside matrices and embeddings may take: norms do, the experts of a layer do not."""
 _ROWS = 1 << 22
 _LOGITS = 64 << 20
+"""Bytes of the logits of one batch; they lie in a file, and a few models make a copy or two of them."""
 
 
 class TooLarge(Exception):
@@ -121,14 +122,20 @@ def _wide_classes() -> tuple[Any, Any]:
     from torch.nn import functional
 
     class WideLinear(torch.nn.Linear):  # type: ignore[misc]
-        """Widens its weight by rows as it goes; ``rounded`` takes them through 4 bit first."""
+        """Widens its weight by rows as it goes; ``rounded`` takes them through 4 bit first.
+
+        ``spool``: a flat tensor that the output is written into, where it is large enough.
+        """
 
         rounded: str | None = None
+        spool: Any = None
 
         def forward(self, x: Any) -> Any:
             x = x.float()
             size = max(64, _ROWS // self.in_features // 64 * 64)
-            out = x.new_empty(*x.shape[:-1], self.out_features)
+            shape, values = (*x.shape[:-1], self.out_features), x.shape[:-1].numel() * self.out_features
+            spooled = self.spool is not None and self.spool.numel() >= values
+            out = self.spool[:values].view(shape) if spooled else x.new_empty(shape)
             for start in range(0, self.out_features, size):
                 rows = self.weight[start : start + size].float()
                 rows = round_trip(rows, self.rounded) if self.rounded else rows
@@ -158,6 +165,19 @@ def _rounded(model: Any, kind: str | None) -> Iterator[None]:
             layer.rounded = None
 
 
+@contextlib.contextmanager
+def _writes_into(model: Any, spool: Any) -> Iterator[None]:
+    """The model with an output layer that writes its logits into ``spool``, a flat tensor, instead of into memory."""
+    heads = [module for module in model.get_output_embeddings().modules() if hasattr(type(module), "spool")]
+    for head in heads:
+        head.spool = spool
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.spool = None
+
+
 def _spooled(
     model: Any, prompts: Sequence[Sequence[int]], path: Path, tick: Callable[[], None], kind: str | None = None
 ) -> list[Any]:
@@ -169,12 +189,16 @@ def _spooled(
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = torch.from_file(str(path), shared=True, size=total * vocabulary, dtype=torch.float32)
     whole = whole.view(total, vocabulary)
+    batches = list(_batches(prompts, max(1, _LOGITS // 4 // vocabulary)))
+    largest = max(max(map(len, batch)) * len(batch) for batch in batches)
+    one = path.with_name("batch")
+    spool = torch.from_file(str(one), shared=True, size=largest * vocabulary, dtype=torch.float32)
     found, first = [], 0
-    for batch in _batches(prompts, max(1, _LOGITS // 4 // vocabulary)):
+    for batch in batches:
         longest = max(map(len, batch))
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in batch])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch])
-        with torch.inference_mode(), _rounded(model, kind):
+        with torch.inference_mode(), _rounded(model, kind), _writes_into(model, spool):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             for index, row in enumerate(batch):
                 part = whole[first : first + len(row)]
@@ -182,6 +206,7 @@ def _spooled(
                 found.append(part)
                 first += len(row)
         tick()
+    one.unlink()
     return found
 
 

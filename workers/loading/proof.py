@@ -16,7 +16,8 @@ PROMPTS = (
 )
 # Below this, the difference between tuned and base is the noise of float32 and says nothing.
 MIN_KL = 1e-8
-_POSITIONS = 16
+_BLOCK = 1 << 19
+"""Logits of a model that are compared at a time: 4 MiB in float64, of which about ten are alive at once."""
 
 
 class Effect(NamedTuple):
@@ -63,10 +64,11 @@ def compare(tuned: Sequence[Any], base: Sequence[Any], merged: Sequence[Any]) ->
     """
     import torch
 
+    positions = max(1, _BLOCK // tuned[0].shape[-1])
     kl_base = kl_merged = same = largest = 0.0
     tokens = 0
     for parts in zip(tuned, base, merged, strict=True):
-        for three in zip(*(part.split(_POSITIONS) for part in parts), strict=True):
+        for three in zip(*(part.split(positions) for part in parts), strict=True):
             logs = [torch.log_softmax(part.double(), dim=-1) for part in three]
             weights = logs[0].exp()
             kl_base += float((weights * (logs[0] - logs[1])).sum())

@@ -304,4 +304,4 @@ def _answers(folder: Path) -> bool:
     return PROBE_ANSWER in tokenizer.decode(answer, skip_special_tokens=True)
 
 
-operation = Operation(ImportSpec, run)
+operation = Operation(ImportSpec, run, offline=True)

@@ -10,7 +10,6 @@ from app.catalog import Operation, RunContext
 from app.errors import Code, RunError
 from app.specs import JobSpec, ModelRef
 from workers.loading import (
-    PROMPTS,
     Compute,
     check_base,
     device_and_dtype,
@@ -25,6 +24,8 @@ from workers.loading import (
     tensor_headers,
 )
 
+PROMPT = "你好，请介绍一下自己。"
+"""The guide's question to a merged model: "Hello, please introduce yourself." """
 MAX_NEW_TOKENS = 32
 
 
@@ -60,7 +61,8 @@ def run(spec: ValidateSpec, ctx: RunContext) -> None:
     is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
     base = ctx.input("base_model") if is_adapter else folder
     checks: list[Check] = []
-    report: dict[str, Any] = {"kind": "adapter" if is_adapter else "model", "answer": None, "parameters": None}
+    report: dict[str, Any] = {"kind": "adapter" if is_adapter else "model", "parameters": None}
+    report |= {"prompt": PROMPT, "answer": None}
 
     tokenizer = _tokenizer(folder if has_tokenizer(folder) else base, checks)
     if _weights(folder, checks):
@@ -128,10 +130,10 @@ def _load(folder: Path, base: Path, checks: list[Check]) -> Any:
 
 
 def _answer(model: Any, tokenizer: Any, checks: list[Check]) -> str | None:
-    """The greedy answer to one prompt; None when the logits are not finite."""
+    """The greedy answer to ``PROMPT``; None when the logits are not finite."""
     import torch
 
-    ids = prompt_ids(tokenizer, PROMPTS[:1])
+    ids = prompt_ids(tokenizer, [PROMPT])
     rows = model.get_input_embeddings().weight.shape[0]
     if max(ids[0]) >= rows:
         checks.append(Check("vocabulary", "failed", f"the tokenizer knows ids beyond the {rows} embeddings"))
