@@ -1,9 +1,25 @@
-"""Turns of a chat as OpenAI's clients send them, made so that a chat template can read them; as vLLM has it."""
+"""A chat as OpenAI's clients send it, made so that a chat template can read it; as vLLM has it."""
 
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+def switches(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a chat's body tells the chat template beside the messages: whether to think, and how much.
+
+    Raises ValueError for a ``reasoning_effort`` that is none.
+    """
+    effort, given = body.get("reasoning_effort"), body.get("chat_template_kwargs") or {}
+    if effort is None:
+        return {**given}
+    if effort not in _EFFORTS:
+        raise ValueError(f"reasoning_effort: one of {', '.join(_EFFORTS)}")
+    # Some templates think only where they are told to, and most know no effort.
+    return {"enable_thinking": effort != "none", "reasoning_effort": effort, **given}
 
 
 def plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -25,7 +25,10 @@ class Manner:
     """How one model is spoken to."""
 
     reads_tools: bool = True
-    """False only for vLLM without a parser that fits the model's chat template; another engine decides for itself."""
+    """False for vLLM without a parser that fits the model's chat template, and for ``transformers``, which has none.
+
+    Another engine decides for itself; so does what ``auto`` made of it.
+    """
     template: str | None = None
     """The chat template that a request has to bring along; None: the engine's own is the right one."""
 
@@ -58,8 +61,9 @@ class Manners:
             base = self._folder(session, row, row.model)
             adapter = self._folder(session, row, route.adapter) if route.adapter is not None else None
         own = words.own_template(adapter, base) if adapter is not None and base is not None else None
-        if row.options.get("engine", "vllm") not in ("vllm", "auto") or base is None:
-            return Manner(template=own)
+        engine = row.options.get("engine", "vllm")
+        if engine not in ("vllm", "auto") or base is None:
+            return Manner(reads_tools=engine != "transformers", template=own)
         # What the engine was started with: it reads no other family's calls.
         parser = parsers.chosen(inspect.template_of(base), row.options.get("tool_call_parser", "auto")).tool
         fits = own is None or parsers.for_template(own).tool == parser

@@ -15,7 +15,6 @@ import anyio
 from app.aliases.traffic import Split
 from app.deployments.manners import Manner
 from app.deployments.routes import Route, Target
-from app.errors import BadRequest, Code
 from app.gateway import refusals
 from app.gateway.requests import EngineRequest
 from app.gateway.tally import Tally
@@ -195,11 +194,8 @@ class EngineClient:
         if manner is None:
             manner = await anyio.to_thread.run_sync(self._manners.look_up, route)
         if body.has_tools and not manner.reads_tools:
-            raise BadRequest(
-                f"{body.model[:128]} is not known to call tools: its engine reads no calls of its chat template",
-                param="tools",
-                code=Code.TOOLS_NOT_SUPPORTED,
-                hint="Leave tools out, or ask for JSON with response_format.",
+            raise refusals.no_tools(
+                f"{body.model[:128]} is not known to call tools: its engine reads no calls of its chat template"
             )
         return manner
 

@@ -1,10 +1,13 @@
-"""What goes wrong at an engine, as one of our errors; what an engine says may name files and classes."""
+"""What goes wrong at an engine, as one of our errors.
+
+What an engine says may name files and classes: it is quoted only on the request's fault, and on why it is busy.
+"""
 
 import contextlib
 import json
 import logging
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -19,7 +22,7 @@ _PROMPTS = ("messages", "input", "prompt")
 
 
 async def refusal(response: aiohttp.ClientResponse, path: str, request: EngineRequest) -> AppError:
-    """Any status but 200. Only what is the request's fault is said in the engine's words."""
+    """Any status but 200."""
     body = b""
     with contextlib.suppress(aiohttp.ClientError, OSError):
         body = await response.read()
@@ -36,19 +39,19 @@ async def refusal(response: aiohttp.ClientResponse, path: str, request: EngineRe
             hint="Chat models answer at /v1/chat/completions.",
         )
     if status in (404, 429, 503):
-        return Unavailable(
-            f"the engine of {model[:128]} cannot take the request now", retry_after=2, code=Code.MODEL_NOT_READY
-        )
+        return _busy(model, said(body).message if status == 503 else None)
     log.warning("the engine of %s answered %d", model, status)
     return _failed("the model's engine failed on this request")
 
 
 def at_fault(body: bytes, request: EngineRequest) -> BadRequest:
     """What an engine refuses, with the field where it is one of the request's."""
-    message, _, param = said(body)
-    message = _INTERNAL.sub("", message)
+    told = said(body)
+    message = _INTERNAL.sub("", told.message or "the engine refused the request")
     fields = type(request).model_fields
-    param = param if isinstance(param, str) and param in fields else None
+    param = told.param if isinstance(told.param, str) and told.param in fields else None
+    if told.kind == Code.TOOLS_NOT_SUPPORTED:
+        return no_tools(message)
     if not _TOO_LONG.search(message):
         return BadRequest(message, param=param)
     return BadRequest(
@@ -61,10 +64,13 @@ def at_fault(body: bytes, request: EngineRequest) -> BadRequest:
 
 
 def in_stream(event: bytes, request: EngineRequest) -> AppError:
-    """An error event of an engine; only a 4xx is quoted."""
+    """An error event of an engine."""
     body = event[event.find(b"{") :]
-    if 400 <= said(body)[1] < 500:
+    told = said(body)
+    if 400 <= told.status < 500:
         return at_fault(body, request)
+    if told.status == 503:
+        return _busy(request.model, told.message)
     return BadGateway("the model's engine failed on this request")
 
 
@@ -75,13 +81,35 @@ def as_event(problem: AppError, *, anthropic: bool) -> bytes:
     return b"data: " + json.dumps(problem.as_object()).encode()
 
 
-def said(body: bytes) -> tuple[str, int, Any]:
-    """What an engine's error object says, its code, and the field that it names."""
+class Said(NamedTuple):
+    """What an engine's error object holds."""
+
+    message: str | None = None
+    status: int = 500
+    param: Any = None
+    """The field that it names."""
+    kind: Any = None
+    """Its ``type``: of an engine of ours it may be a code of ours."""
+
+
+def said(body: bytes) -> Said:
+    """Of anything else: nothing."""
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         error = json.loads(body)["error"]
-        code, param = error.get("code"), error.get("param")
-        return str(error["message"])[:4096], code if isinstance(code, int) else 500, param
-    return "the engine refused the request", 500, None
+        code = error.get("code")
+        status = code if isinstance(code, int) else 500
+        return Said(str(error["message"])[:4096], status, error.get("param"), error.get("type"))
+    return Said()
+
+
+def no_tools(message: str) -> BadRequest:
+    """Nobody would read the model's calls."""
+    return BadRequest(
+        message,
+        param="tools",
+        code=Code.TOOLS_NOT_SUPPORTED,
+        hint="Leave tools out; where the engine is vllm, response_format asks for JSON.",
+    )
 
 
 def asleep(model: str) -> Unavailable:
@@ -103,6 +131,11 @@ def broken(model: str, error: Exception) -> BadGateway:
 def broke_off() -> BadGateway:
     """It hung up in a stream."""
     return BadGateway("the model's engine ended in the middle of the answer", hint="Try again.")
+
+
+def _busy(model: str, reason: str | None) -> Unavailable:
+    message = f"the engine of {model[:128]} cannot take the request now"
+    return Unavailable(message if reason is None else f"{message}: {reason}", retry_after=2, code=Code.MODEL_NOT_READY)
 
 
 def _failed(message: str) -> BadGateway:

@@ -40,13 +40,17 @@ PROMPT = "zero one two"
         ({"skip_special_tokens": False}, "skip_special_tokens"),
         ({"add_generation_prompt": False}, "add_generation_prompt"),
         ({"add_special_tokens": True}, "add_special_tokens"),
+        ({"include_reasoning": False}, "include_reasoning"),
+        ({"reasoning_effort": "a lot"}, "none, minimal, low"),
         ({"logprobs": True, "stream": True}, "logprobs are not told in a stream"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "reads text alone"),
     ],
 )
 def test_what_it_cannot_do_is_refused_by_name(extra: dict[str, Any], named: str) -> None:
-    with pytest.raises(Refused, match=named):
+    with pytest.raises(Refused, match=named) as caught:
         read({"model": "m", "messages": [{"role": "user", "content": "x"}], **extra}, chat=True)
+    assert caught.value.param == next(iter(extra))
+    assert (caught.value.kind == "tools_not_supported") is ("tools" in extra)
 
 
 def test_parts_of_text_are_text_and_nothing_is_nothing() -> None:

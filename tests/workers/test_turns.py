@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from workers.turns import plain, voiced
+from workers.turns import plain, switches, voiced
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,26 @@ def test_a_developer_is_the_systems_voice_unless_the_template_knows_one(template
     said = [{"role": "developer", "content": "short"}, {"role": "user", "content": "hi"}]
     assert [turn["role"] for turn in voiced(said, template)] == [role, "user"]
     assert said[0]["role"] == "developer", "what was asked stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({}, {}),
+        ({"chat_template_kwargs": None, "reasoning_effort": None}, {}),
+        ({"chat_template_kwargs": {"thinking": False}}, {"thinking": False}),
+        ({"reasoning_effort": "low"}, {"reasoning_effort": "low", "enable_thinking": True}),
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "none", "enable_thinking": False}),
+        (
+            {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}},
+            {"reasoning_effort": "high", "enable_thinking": False},
+        ),
+    ],
+)
+def test_a_template_is_told_whether_to_think(body: dict[str, Any], told: dict[str, Any]) -> None:
+    assert switches(body) == told
+
+
+def test_an_effort_that_is_none_is_named() -> None:
+    with pytest.raises(ValueError, match=r"reasoning_effort: one of none, .*max"):
+        switches({"reasoning_effort": "a lot"})

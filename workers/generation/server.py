@@ -2,22 +2,31 @@
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiohttp import web
 
 from workers.generation.asked import Asked, Refused, read
-from workers.generation.writer import Read, Writer, Written
+from workers.generation.writer import Adapter, Read, Writer, Written
 
 _MAX_BODY = 16 << 20
+
+
+class _Prompt(NamedTuple):
+    """One answer that is to be written, and by whom."""
+
+    asked: Asked
+    ids: list[int]
+    adapter: Adapter | None
 
 
 class Server:
@@ -72,44 +81,48 @@ class Server:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         chat = request.path == "/v1/chat/completions"
-        try:
-            body = await request.json()
-            asked = read(body, chat=chat)
-            prompts = await asyncio.to_thread(lambda: [self._writer.ids(each) for each in asked])
-        except Refused as error:
-            return _error(error)
-        answer = Answer(str(body["model"]), chat=chat)
-        if body.get("stream"):
-            usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            return await self._stream(request, answer, asked, prompts, usage)
-        written = []
-        for each, ids in zip(asked, prompts, strict=True):
-            async for piece in self._pieces(each, ids):
-                if isinstance(piece, Written):
-                    written.append(piece)
-        return web.json_response(answer.whole(written, token_ids=asked[0].token_ids))
+        # An adapter that is put away from here on stays until all of this is answered.
+        with contextlib.ExitStack() as held:
+            try:
+                body = await request.json()
+                asked = read(body, chat=chat)
+                adapter = held.enter_context(self._writer.using(asked[0].model))
+                ids = await asyncio.to_thread(lambda: [self._writer.ids(each) for each in asked])
+            except Refused as error:
+                return _error(error)
+            prompts = [_Prompt(*each, adapter) for each in zip(asked, ids, strict=True)]
+            answer = Answer(asked[0].model, chat=chat)
+            if body.get("stream"):
+                usage = bool((body.get("stream_options") or {}).get("include_usage"))
+                return await self._stream(request, answer, prompts, usage)
+            written = []
+            for prompt in prompts:
+                async with contextlib.aclosing(self._pieces(prompt)) as pieces:
+                    written += [piece async for piece in pieces if isinstance(piece, Written)]
+            return web.json_response(answer.whole(prompts, written))
 
     async def _stream(
-        self, request: web.Request, answer: "Answer", asked: list[Asked], prompts: list[list[int]], usage: bool
+        self, request: web.Request, answer: "Answer", prompts: list[_Prompt], usage: bool
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         written = []
-        for index, (each, ids) in enumerate(zip(asked, prompts, strict=True)):
+        for index, prompt in enumerate(prompts):
             if answer.chat:
                 await response.write(_event(answer.piece(index, "", first=True)))
-            async for piece in self._pieces(each, ids):
-                if isinstance(piece, Written):
-                    written.append(piece)
-                    await response.write(_event(answer.piece(index, "", finish=piece.finish)))
-                else:
-                    await response.write(_event(answer.piece(index, piece)))
+            async with contextlib.aclosing(self._pieces(prompt)) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, Written):
+                        written.append(piece)
+                        await response.write(_event(answer.piece(index, "", finish=piece.finish)))
+                    else:
+                        await response.write(_event(answer.piece(index, piece)))
         if usage:
-            await response.write(_event({**answer.frame(chunk=True), "choices": [], "usage": _usage(written)}))
+            await response.write(_event({**answer.frame(chunk=True), "choices": [], "usage": _usage(prompts, written)}))
         await response.write(b"data: [DONE]\n\n")
         return response
 
-    async def _pieces(self, asked: Asked, ids: list[int]) -> AsyncIterator[str | Written]:
+    async def _pieces(self, prompt: _Prompt) -> AsyncGenerator[str | Written, None]:
         """Text as it is made, and the whole at last; when nobody waits for it any more the computing ends."""
         loop, gone = asyncio.get_running_loop(), threading.Event()
         pieces: asyncio.Queue[str | Written | BaseException] = asyncio.Queue()
@@ -119,7 +132,7 @@ class Server:
 
         def work() -> None:
             try:
-                put(self._writer.write(asked, ids, put, gone))
+                put(self._writer.write(*prompt, put, gone))
             except BaseException as error:
                 put(error)
 
@@ -159,17 +172,17 @@ class Answer:
             "choices": [{"index": index, **own, "logprobs": None, "finish_reason": finish}],
         }
 
-    def whole(self, written: list[Written], *, token_ids: bool = False) -> dict[str, Any]:
+    def whole(self, prompts: list[_Prompt], written: list[Written]) -> dict[str, Any]:
         """The answer to a request that did not ask for a stream."""
         choices = []
-        for index, each in enumerate(written):
+        for index, (prompt, each) in enumerate(zip(prompts, written, strict=True)):
             message = {"role": "assistant", "content": each.text}
             own: dict[str, Any] = {"message": message} if self.chat else {"text": each.text}
             own["logprobs"] = self._logprobs(each) if each.logprobs else None
-            if token_ids:
+            if prompt.asked.token_ids:
                 own["token_ids"] = each.token_ids
             choices.append({"index": index, **own, "finish_reason": each.finish})
-        return {**self.frame(chunk=False), "choices": choices, "usage": _usage(written)}
+        return {**self.frame(chunk=False), "choices": choices, "usage": _usage(prompts, written)}
 
     def _logprobs(self, written: Written) -> dict[str, Any]:
         pairs = list(zip(written.tokens, written.logprobs, strict=True))
@@ -190,8 +203,9 @@ class Answer:
         }
 
 
-def _usage(written: list[Written]) -> dict[str, int]:
-    prompt = sum(each.prompt_tokens for each in written)
+def _usage(prompts: list[_Prompt], written: list[Written]) -> dict[str, int]:
+    """A prompt counts once, however many answers it has."""
+    prompt = sum(len(each.ids) for each in prompts if not each.asked.number)
     made = sum(len(each.token_ids) for each in written)
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
@@ -201,10 +215,9 @@ def _event(value: dict[str, Any]) -> bytes:
 
 
 def _error(error: Refused) -> web.Response:
-    kind = (
-        "BadRequestError" if error.status == 400 else "NotFoundError" if error.status == 404 else "InternalServerError"
-    )
-    problem = {"message": error.message, "type": kind, "param": None, "code": error.status}
+    kinds = {400: "BadRequestError", 404: "NotFoundError"}
+    kind = error.kind or kinds.get(error.status, "InternalServerError")
+    problem = {"message": error.message, "type": kind, "param": error.param, "code": error.status}
     return web.json_response({"error": problem}, status=error.status)
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,13 +33,22 @@ class Written:
     text: str = ""
     finish: str = "length"
     """stop or length."""
-    prompt_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     """Natural logarithms, one for each token; empty unless they were asked for."""
     read: "list[Read]" = field(default_factory=list)
     """The prompt's tokens, where they were asked for with their logarithms."""
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One that is loaded."""
+
+    inner: str
+    """Its name among the model's modules."""
+    users: int = 0
+    """Requests that were accepted for it and are not over."""
 
 
 class Writer:
@@ -56,7 +65,10 @@ class Writer:
         own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
         self.room = min(own, max_model_len or own)
         self._generation = model.generation_config
-        self._adapters: dict[str, str] = {}
+        self._adapters: dict[str, Adapter] = {}
+        # Guards the names and the counts of users; the turn is the model's.
+        self._known = threading.Condition()
+        self._inside: set[str] = set()
         self._made = 0
         self._turn = threading.Lock()
         self.waiting = 0
@@ -64,7 +76,8 @@ class Writer:
     @property
     def models(self) -> list[str]:
         """Names that are answered to."""
-        return [self.served_name, *self._adapters]
+        with self._known:
+            return [self.served_name, *self._adapters]
 
     @staticmethod
     def expect_adapters() -> None:
@@ -94,26 +107,57 @@ class Writer:
                 if isinstance(self._model, PeftModel) and inner in self._model.peft_config:
                     self._drop(inner)
                 raise Refused(f"{type(error).__name__}: {error}"[:1000], 500) from error
-            self._adapters[name] = inner
+            self._inside.add(inner)
+            with self._known:
+                self._adapters[name] = Adapter(inner)
 
     def unload(self, name: str) -> None:
-        """Takes an adapter off. Raises Refused."""
-        inner = self._adapters.pop(name, None)
-        if inner is None:
+        """Its name is unknown from now on; what was accepted for it is answered before it goes. Raises Refused."""
+        with self._known:
+            adapter = self._adapters.pop(name, None)
+        if adapter is None:
             raise Refused(f"The lora adapter '{name}' cannot be found.", 404)
+        # Long answers may be under way: whoever unloads does not wait for them, as with vLLM.
+        threading.Thread(target=self._let_go, args=(adapter,), name="unload", daemon=True).start()
+
+    def _let_go(self, adapter: Adapter) -> None:
+        with self._known:
+            self._known.wait_for(lambda: not adapter.users)
         with self._turn:
-            self._drop(inner)
+            self._drop(adapter.inner)
 
     def _drop(self, inner: str) -> None:
+        self._inside.discard(inner)
         if len(self._model.peft_config) == 1:
             self._model = self._model.unload()
         else:
+            # Of those that stay, peft would choose one itself and warn of it.
+            self._model.set_adapter(next(name for name in self._model.peft_config if name != inner))
             self._model.delete_adapter(inner)
 
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[Adapter | None]:
+        """What answers to the name: an adapter, which stays until the block ends, or None: the model itself.
+
+        Raises Refused, 404, when nothing does.
+        """
+        with self._known:
+            adapter = self._adapters.get(name)
+            if adapter is not None:
+                adapter.users += 1
+            elif name != self.served_name:
+                raise Refused(f"The model `{name}` does not exist.", 404, param="model")
+        try:
+            yield adapter
+        finally:
+            if adapter is not None:
+                with self._known:
+                    adapter.users -= 1
+                    self._known.notify_all()
+
     def ids(self, asked: Asked) -> list[int]:
-        """The prompt as token ids. Raises Refused when the model is not here or the prompt is too long."""
-        if asked.model not in self.models:
-            raise Refused(f"The model `{asked.model}` does not exist.", 404)
+        """The prompt as token ids. Raises Refused when it cannot be read or is too long."""
+        field = "messages" if asked.chat else "prompt"
         try:
             if asked.chat:
                 template = asked.template.get("chat_template") or self._tokenizer.chat_template
@@ -128,27 +172,45 @@ class Writer:
                     list(asked.prompt) if isinstance(asked.prompt, list) else self._tokenizer(asked.prompt)["input_ids"]
                 )
         except Exception as error:  # a template refuses in its own words
-            raise Refused(f"the prompt cannot be read: {error}"[:1000]) from error
+            raise Refused(f"the prompt cannot be read: {error}"[:1000], param=field) from error
         wanted = len(ids) + (asked.max_tokens or 1)
         if wanted > self.room:
             raise Refused(
                 f"This model's maximum context length is {self.room} tokens, and {len(ids)} in the prompt and"
-                f" {asked.max_tokens or 1} in the answer are {wanted}."
+                f" {asked.max_tokens or 1} in the answer are {wanted}.",
+                param=field,
             )
         if not ids or max(ids) >= self._model.get_input_embeddings().num_embeddings:
-            raise Refused("the prompt is empty, or holds ids that the model does not know")
+            raise Refused("the prompt is empty, or holds ids that the model does not know", param=field)
         return ids
 
-    def write(self, asked: Asked, ids: list[int], on_text: Callable[[str], None], gone: threading.Event) -> Written:
-        """Goes on from the prompt; ``on_text`` gets each piece as it is made. Ends early once ``gone`` is set."""
+    def write(
+        self,
+        asked: Asked,
+        ids: list[int],
+        adapter: Adapter | None,
+        on_text: Callable[[str], None],
+        gone: threading.Event,
+    ) -> Written:
+        """Goes on from the prompt; ``on_text`` gets each piece as it is made. Ends early once ``gone`` is set.
+
+        ``adapter`` is what ``using`` found. Who leaves its block sets ``gone`` before.
+        """
         self.waiting += 1
         try:
             with self._turn:
-                return self._write(asked, ids, on_text, gone)
+                return self._write(asked, ids, adapter, on_text, gone)
         finally:
             self.waiting -= 1
 
-    def _write(self, asked: Asked, ids: list[int], on_text: Callable[[str], None], gone: threading.Event) -> Written:
+    def _write(
+        self,
+        asked: Asked,
+        ids: list[int],
+        adapter: Adapter | None,
+        on_text: Callable[[str], None],
+        gone: threading.Event,
+    ) -> Written:
         import torch
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
@@ -157,10 +219,9 @@ class Writer:
         plan = self._plan(asked, len(ids))
         watch = _Watch(self._tokenizer, len(ids), asked.stop, on_text, gone)
         inputs = torch.tensor([ids], device=self._model.device)
-        inner = self._adapters.get(asked.model)
-        if inner is not None:
-            self._model.set_adapter(inner)
-        plain = self._adapters and inner is None
+        if adapter is not None:
+            self._model.set_adapter(adapter.inner)
+        plain = self._inside and adapter is None
         with torch.inference_mode(), self._model.disable_adapter() if plain else contextlib.nullcontext():
             if asked.seed is not None:
                 torch.manual_seed(asked.seed % 2**63)
@@ -177,7 +238,7 @@ class Writer:
         new = output.sequences[0, len(ids) :].tolist()
         ends = set(_as_list(plan.eos_token_id))
         stopped = watch.stopped or bool(new and new[-1] in ends)
-        written = Written(watch.finish(), "stop" if stopped else "length", len(ids), new, read=read)
+        written = Written(watch.finish(), "stop" if stopped else "length", new, read=read)
         if asked.echo:
             written.text = self._tokenizer.decode(ids) + written.text
         if asked.logprobs:

@@ -22,8 +22,10 @@ class Places(NamedTuple):
     calls: bool
 
 
-def render(messages: Sequence[Message], tokenizer: Any, tools: Sequence[Tool] = (), *, opening: bool = False) -> str:
-    """The text that a server would see. ``opening``: with the beginning of an answer.
+def render(
+    messages: Sequence[Message], tokenizer: Any, tools: Sequence[Tool] = (), *, opening: bool = False, **switches: Any
+) -> str:
+    """The text that a server would see. ``opening``: with the beginning of an answer; ``switches`` are the template's.
 
     Raises what the template raises (of jinja2) for a conversation that it refuses.
     """
@@ -34,7 +36,9 @@ def render(messages: Sequence[Message], tokenizer: Any, tools: Sequence[Tool] = 
         if tools and not places.tools:
             turns, tools = _with_tools_as_text(turns, tools), ()
     return str(
-        tokenizer.apply_chat_template(turns, tools=list(tools) or None, tokenize=False, add_generation_prompt=opening)
+        tokenizer.apply_chat_template(
+            turns, tools=list(tools) or None, tokenize=False, add_generation_prompt=opening, **switches
+        )
     )
 
 

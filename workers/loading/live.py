@@ -29,11 +29,16 @@ PATIENCE = 100.0
 
 
 class Refused(Exception):
-    """A request that cannot be answered: status and message."""
+    """A request that cannot be answered: status and message.
 
-    def __init__(self, status: int, message: str) -> None:
+    ``param`` is the field at fault, if one is; ``kind`` the service's code where ``invalid_value`` says too little.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, kind: str | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.param = param
+        self.kind = kind
 
 
 @dataclass
@@ -51,6 +56,8 @@ class Ask:
     stop: list[str]
     stream: bool
     usage: bool
+    template: dict[str, Any] = field(default_factory=dict)
+    """Switches for the chat template."""
     pieces: "queue.SimpleQueue[Any]" = field(default_factory=queue.SimpleQueue)
     """Texts, then a dict with ``finish_reason`` and ``usage``, or a Refused."""
     gone: bool = False
@@ -97,6 +104,7 @@ class Live:
         began = time.monotonic()
         try:
             numbers = _answer(ask, model, self._tokenizer, self._ctx)
+            left = ask.gone
             ask.pieces.put({**numbers, "step": step})
         except Exception as error:  # training goes on, whatever a request did
             self._ctx.event("live_answer_failed", f"{type(error).__name__}: {error}"[:500], level="warn", step=step)
@@ -104,6 +112,9 @@ class Live:
             ask.pieces.put(error if refused else Refused(500, f"the run could not answer: {type(error).__name__}"))
             return
         seconds = round(time.monotonic() - began, 2)
+        if left:
+            self._ctx.event("live_left", f"Whoever asked after step {step} left after {seconds} s.", step=step)
+            return
         self._ctx.event("live_answered", f"Answered a request after step {step}, {seconds} s.", step=step)
 
 
@@ -113,14 +124,15 @@ def _answer(ask: Ask, model: Any, tokenizer: Any, ctx: RunContext) -> dict[str, 
 
     try:
         turns = voiced(ask.messages, tokenizer.chat_template)
-        ids = opened(turns, tokenizer) if ask.chat else list(tokenizer(ask.prompt).input_ids)
+        ids = opened(turns, tokenizer, **ask.template) if ask.chat else list(tokenizer(ask.prompt).input_ids)
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "jinja2":
             raise
-        raise Refused(400, f"messages: the chat template refuses them: {error}") from error
+        raise Refused(400, f"messages: the chat template refuses them: {error}", "messages") from error
     room = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - len(ids)
     if not ids or room < 1:
-        raise Refused(400, f"the prompt has {len(ids)} tokens, which leaves no room for an answer")
+        asked_in = "messages" if ask.chat else "prompt"
+        raise Refused(400, f"the prompt has {len(ids)} tokens, which leaves no room for an answer", asked_in)
     how: dict[str, Any] = {"do_sample": False}
     if ask.temperature > 0:
         how = {"do_sample": True, "temperature": ask.temperature, "top_p": ask.top_p, "top_k": 0}

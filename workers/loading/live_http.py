@@ -3,21 +3,26 @@
 import itertools
 import json
 import queue
+import select
+import socket
 import socketserver
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from app.catalog import RunContext
+from app.errors import Code
 from workers.loading.live import MOST_SECONDS, MOST_TOKENS, PATIENCE, Ask, Live, Refused
-from workers.turns import plain
+from workers.turns import plain, switches
 
+LOOK_SECONDS = 0.2
+"""How often it is looked whether whoever waits for a piece is still there."""
 _NOT_HERE = (
-    *("tools", "logprobs", "top_logprobs", "structured_outputs", "echo", "suffix"),
+    *("logprobs", "top_logprobs", "structured_outputs", "echo", "suffix"),
     *("logit_bias", "bad_words", "allowed_token_ids", "stop_token_ids", "min_tokens", "ignore_eos"),
     *("truncate_prompt_tokens", "include_stop_str_in_output", "continue_final_message"),
     *("min_p", "presence_penalty", "frequency_penalty"),
@@ -28,8 +33,10 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1,),
     "skip_special_tokens": (True,),
     "add_generation_prompt": (True,),
+    "include_reasoning": (True,),
 }
 """What may be said of these, because it changes nothing."""
+Result = TypeVar("Result")
 
 
 def answering(ctx: RunContext, model: Any, tokenizer: Any) -> "LiveServer | None":
@@ -67,19 +74,24 @@ def parse(path: str, body: bytes) -> Ask:
         chat = path == "/v1/chat/completions"
         asked = {name for name in _NOT_HERE if value.get(name)}
         asked |= {name for name, quiet in _NO_EFFECT.items() if value.get(name) not in (None, *quiet)}
+        asked |= {"add_special_tokens"} if value.get("add_special_tokens") not in (None, not chat) else set()
+        if value.get("tools"):
+            message = "tools: a run in training reads no calls of them: deploy the model for it"
+            raise Refused(400, message, "tools", Code.TOOLS_NOT_SUPPORTED)
         if asked:
-            raise Refused(400, f"{min(asked)} is not possible while a run answers itself: deploy the model for it")
+            name = min(asked)
+            raise Refused(400, f"{name} is not possible while a run answers itself: deploy the model for it", name)
         if (value.get("n") or 1) != 1:
-            raise Refused(400, "n: a run in training gives one answer at a time")
+            raise Refused(400, "n: a run in training gives one answer at a time", "n")
         prompt = "" if chat else value["prompt"]
         if not isinstance(prompt, str):
-            raise Refused(400, "prompt: a run in training takes one text")
+            raise Refused(400, "prompt: a run in training takes one text", "prompt")
         most = value.get("max_completion_tokens") or value.get("max_tokens") or MOST_TOKENS
         stop = value.get("stop") or []
         temperature = value.get("temperature")
         return Ask(
             chat=chat,
-            messages=plain(value["messages"]) if chat else [],
+            messages=_named("messages", plain, value["messages"]) if chat else [],
             prompt=prompt,
             model=str(value.get("model", "")),
             tokens=min(int(most), MOST_TOKENS),
@@ -89,9 +101,25 @@ def parse(path: str, body: bytes) -> Ask:
             stop=[stop] if isinstance(stop, str) else list(stop),
             stream=bool(value.get("stream")),
             usage=bool((value.get("stream_options") or {}).get("include_usage")),
+            template=_named("reasoning_effort", switches, value) if chat else {},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(400, f"the request cannot be read: {error}") from error
+
+
+def _named(param: str, read: Callable[[Any], Result], value: Any) -> Result:
+    """What is read of it. Raises Refused that names ``param`` for a ValueError, which names it itself."""
+    try:
+        return read(value)
+    except ValueError as error:
+        raise Refused(400, str(error), param) from error
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    """Whether the other end is closed; told without reading, as more may have been sent before."""
+    watched = select.poll()
+    watched.register(connection, 0)  # a hang-up is told unasked
+    return bool(watched.poll(0))
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):
@@ -113,13 +141,15 @@ def _handler(live: Live) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             try:
+                # Read in any case: what is left would be taken for the next request. The gateway lets no large ones in.
+                body = self.rfile.read(int(self.headers.get("content-length") or 0))
                 if self.path not in ("/v1/chat/completions", "/v1/completions"):
-                    raise Refused(404, "a run in training has /v1/chat/completions and /v1/completions")
-                size = int(self.headers.get("content-length") or 0)  # the gateway lets no large ones through
-                with live.asking(parse(self.path, self.rfile.read(size))) as ask:
+                    # With 404 the gateway would understand that the model is not here.
+                    raise Refused(501, "a run in training has /v1/chat/completions and /v1/completions")
+                with live.asking(parse(self.path, body)) as ask:
                     self._reply(ask)
             except Refused as error:
-                self._json(error.status, {"error": {"message": str(error), "code": error.status}})
+                self._json(error.status, _told(error))
             except OSError:
                 self.close_connection = True  # whoever asked has left
 
@@ -142,22 +172,25 @@ def _handler(live: Live) -> type[BaseHTTPRequestHandler]:
                     for event in _events(head, ask, piece):
                         self.wfile.write(b"data: " + event + b"\n\n")
             except Refused as error:
-                told = {"error": {"message": str(error), "code": error.status}}
-                self.wfile.write(b"data: " + json.dumps(told).encode() + b"\n\n")
+                self.wfile.write(b"data: " + json.dumps(_told(error)).encode() + b"\n\n")
 
         def _pieces(self, ask: Ask) -> Iterator[Any]:
-            patience = PATIENCE
+            until = time.monotonic() + PATIENCE
             while True:
+                if _hung_up(self.connection):
+                    raise ConnectionAbortedError  # so that the computing ends, and others have their turn
                 try:
-                    piece = ask.pieces.get(timeout=patience)
+                    piece = ask.pieces.get(timeout=LOOK_SECONDS)
                 except queue.Empty:
+                    if time.monotonic() < until:
+                        continue
                     raise Refused(503, "the run is in the middle of a step that takes longer") from None
                 if isinstance(piece, Refused):
                     raise piece
                 yield piece
                 if isinstance(piece, dict):
                     return
-                patience = MOST_SECONDS + PATIENCE
+                until = time.monotonic() + MOST_SECONDS + PATIENCE
 
         def _json(self, status: int, value: dict[str, Any]) -> None:
             body = json.dumps(value).encode()
@@ -170,6 +203,10 @@ def _handler(live: Live) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
     return Handler
+
+
+def _told(error: Refused) -> dict[str, Any]:
+    return {"error": {"message": str(error), "type": error.kind, "param": error.param, "code": error.status}}
 
 
 def _whole(head: dict[str, Any], ask: Ask, pieces: list[Any]) -> dict[str, Any]:

@@ -109,9 +109,9 @@ def _rows(
     ctx.event("dataset_loaded", f"{field}: {kept} prompts", rows=kept)
 
 
-def opened(turns: Sequence[Message], tokenizer: Any, tools: Sequence[Tool] = ()) -> list[int]:
-    """The prompt's tokens, up to where the answer begins."""
+def opened(turns: Sequence[Message], tokenizer: Any, tools: Sequence[Tool] = (), **switches: Any) -> list[int]:
+    """The prompt's tokens, up to where the answer begins; ``switches`` are the chat template's."""
     if tokenizer.chat_template:
-        text = render(turns, tokenizer, tools, opening=True)
+        text = render(turns, tokenizer, tools, opening=True, **switches)
         return list(tokenizer(text, add_special_tokens=False).input_ids)
     return list(tokenizer("\n".join(turn["content"] for turn in turns)).input_ids)

@@ -73,6 +73,11 @@ def test_another_engine_decides_for_itself(api: TestClient, models: Path, manner
     assert manners.look_up(to("dep-unknown")).reads_tools
 
 
+def test_transformers_reads_no_calls_of_any_template(api: TestClient, models: Path, manners: Manners) -> None:
+    (models / "tiny" / "chat_template.jinja").write_text(HERMES)
+    assert manners.look_up(to(deployed(api, models, engine="transformers"))) == Manner(reads_tools=False)
+
+
 def test_a_request_with_tools_is_refused_before_the_engine_is_asked(
     api: TestClient, models: Path, database: Database
 ) -> None:

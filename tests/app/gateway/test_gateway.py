@@ -179,8 +179,8 @@ def test_what_the_engine_refuses_is_a_400_with_its_words(client: openai.OpenAI) 
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
 
 
-def refused(message: str, param: str | None) -> dict[str, str | None]:
-    body = json.dumps({"error": {"message": message, "type": "BadRequestError", "param": param, "code": 400}}).encode()
+def refused(message: str, param: str | None, kind: str = "BadRequestError") -> dict[str, str | None]:
+    body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": 400}}).encode()
     return refusals.at_fault(
         body, ChatRequest.parse(json.dumps({"model": "m", "messages": HELLO}).encode())
     ).as_object()["error"]
@@ -202,6 +202,14 @@ def test_the_field_is_named_where_the_engine_names_one_of_the_requests() -> None
     assert (found["message"], found["param"]) == ("This model's maximum context length is 4 tokens.", "messages")
     assert found["code"] == "context_length_exceeded"
     assert "max_model_len" in str(found["hint"])
+
+
+def test_tools_that_an_engine_turns_out_not_to_read() -> None:
+    """What ``auto`` became is known to the engine alone."""
+    found = refused("tools: nobody reads calls of them", "tools", "tools_not_supported")
+    assert (found["code"], found["param"]) == ("tools_not_supported", "tools")
+    assert "Leave tools out" in str(found["hint"])
+    assert refused("tools.0: no name", "tools")["code"] == "invalid_value"
 
 
 def test_an_engine_that_fails_is_a_502_without_its_words(gateway: Gateway) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http.client
+import itertools
 import json
 import tempfile
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from app.catalog import Catalog
+from tests.support import wait_for
 from tests.workers.context import RecordingContext
 from tests.workers.recipes.conftest import SAYS_IT
 from workers.loading.live import MOST_TOKENS, Ask, Live, Refused
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*_check_is_size will be removed:FutureWarning",
 )
 ASKED = {"model": "numbers:ckpt-live", "messages": [{"role": "user", "content": "17"}], "max_tokens": 4}
+THINKS = "{% if enable_thinking %}one two three {{ reasoning_effort }}{% endif %}"
 LORA = {"peft_config": {"r": 8, "target_modules": "all-linear", "lora_dropout": 0.1}}
 SPECS: dict[str, dict[str, Any]] = {
     "sft": {"model": LORA, "training": {"max_steps": 12, "learning_rate": 1e-2}},
@@ -111,6 +114,7 @@ def answerer(tmp_path: Path, socket: Path, tiny: Path) -> Iterator[threading.Eve
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template += THINKS
     live = Live(RecordingContext(tmp_path), tokenizer)
     server = LiveServer(socket, live)
     held, over = threading.Event(), threading.Event()
@@ -159,25 +163,99 @@ def test_a_seed_draws_the_same_and_a_stop_text_ends_the_answer(socket: Path, ans
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "says"),
+    ("path", "body", "status", "says", "param"),
     [
-        ("/v1/chat/completions", {**ASKED, "tools": [{"type": "function"}]}, 400, "tools"),
-        ("/v1/chat/completions", {**ASKED, "n": 2}, 400, "one answer at a time"),
-        ("/v1/chat/completions", {"model": "x"}, 400, "cannot be read"),
-        ("/v1/chat/completions", b"{", 400, "cannot be read"),
-        ("/v1/completions", {"model": "x", "prompt": [1, 2]}, 400, "one text"),
-        ("/v1/completions", {"model": "x", "prompt": ""}, 400, "no room"),
-        ("/v1/completions", {"model": "x", "prompt": "so " * 3000}, 400, "no room"),
-        ("/v1/embeddings", {"model": "x"}, 404, "/v1/completions"),
+        ("/v1/chat/completions", {**ASKED, "tools": [{"type": "function"}]}, 400, "tools", "tools"),
+        ("/v1/chat/completions", {**ASKED, "logprobs": True}, 400, "logprobs is not possible", "logprobs"),
+        ("/v1/chat/completions", {**ASKED, "n": 2}, 400, "one answer at a time", "n"),
+        ("/v1/chat/completions", {**ASKED, "reasoning_effort": "a lot"}, 400, "one of none", "reasoning_effort"),
+        ("/v1/chat/completions", {**ASKED, "messages": [{"content": [{"type": "audio"}]}]}, 400, "text", "messages"),
+        ("/v1/chat/completions", {**ASKED, "messages": [{"content": "so " * 3000}]}, 400, "no room", "messages"),
+        ("/v1/chat/completions", {"model": "x"}, 400, "cannot be read", None),
+        ("/v1/chat/completions", b"{", 400, "cannot be read", None),
+        ("/v1/completions", {"model": "x", "prompt": [1, 2]}, 400, "one text", "prompt"),
+        ("/v1/completions", {"model": "x", "prompt": ""}, 400, "no room", "prompt"),
+        ("/v1/completions", {"model": "x", "prompt": "so " * 3000}, 400, "no room", "prompt"),
+        ("/v1/embeddings", {"model": "x"}, 501, "/v1/completions", None),
     ],
 )
 def test_what_a_run_cannot_answer_is_refused(
-    path: str, body: Any, status: int, says: str, socket: Path, answerer: threading.Event
+    path: str, body: Any, status: int, says: str, param: str | None, socket: Path, answerer: threading.Event
 ) -> None:
     answered = post(socket, body, path)
-    assert answered[0] == status
-    assert says in json.loads(answered[1])["error"]["message"]
+    error = json.loads(answered[1])["error"]
+    assert (answered[0], error["param"]) == (status, param)
+    assert says in error["message"]
+    assert (error["type"] == "tools_not_supported") is (param == "tools")
     assert post(socket, {"model": "x", "prompt": "1", "max_tokens": 1}, "/v1/completions")[0] == 200, "and it goes on"
+
+
+def test_a_route_that_is_not_here_leaves_the_connection_usable(socket: Path, answerer: threading.Event) -> None:
+    connection = UnixConnection(str(socket), 60)
+    for path, status in (("/v1/embeddings", 501), ("/v1/chat/completions", 200)):
+        connection.request("POST", path, json.dumps(ASKED), {"content-type": "application/json"})
+        response = connection.getresponse()
+        assert (response.status, bool(json.loads(response.read()))) == (status, True)
+    connection.close()
+
+
+def test_the_template_is_told_whether_to_think(socket: Path, answerer: threading.Event, tiny: Path) -> None:
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template += THINKS
+    for more, told in (
+        ({}, {}),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, {"enable_thinking": True}),
+        ({"reasoning_effort": "low"}, {"enable_thinking": True, "reasoning_effort": "low"}),
+    ):
+        usage = json.loads(post(socket, {**ASKED, "max_tokens": 1, **more})[1])["usage"]
+        rendered = tokenizer.apply_chat_template(ASKED["messages"], add_generation_prompt=True, tokenize=False, **told)
+        assert usage["prompt_tokens"] == len(tokenizer(rendered, add_special_tokens=False).input_ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_whoever_leaves_before_a_step_is_over_leaves_the_place_free(stream: bool, tmp_path: Path, socket: Path) -> None:
+    live = Live(RecordingContext(tmp_path), None)
+    server = LiveServer(socket, live)
+    connection = UnixConnection(str(socket), 60)
+    connection.request("POST", "/v1/chat/completions", json.dumps({**ASKED, "stream": stream}))
+    wait_for(live._busy.locked, 10)
+    connection.close()
+    wait_for(lambda: not live._busy.locked(), 10)
+    assert live._next() is None, "and no step answers it"
+    server.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_nobody_waits_for_is_computed_no_further(
+    stream: bool, tmp_path: Path, socket: Path, tiny: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+
+    ctx, tokens, some = RecordingContext(tmp_path), itertools.count(1), threading.Event()
+
+    def tick() -> None:
+        time.sleep(0.01)
+        if next(tokens) == 3:
+            some.set()
+
+    ctx.tick = tick  # type: ignore[method-assign]
+    live = Live(ctx, AutoTokenizer.from_pretrained(tiny))
+    server = LiveServer(socket, live)
+    connection = UnixConnection(str(socket), 60)
+    body = {**ASKED, "max_tokens": MOST_TOKENS, "temperature": 0, "stream": stream}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    wait_for(live._busy.locked, 10)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    step = threading.Thread(target=lambda: wait_for(lambda: live.between_steps(model, 1) or ctx.codes(), 20))
+    step.start()
+    assert some.wait(20)
+    connection.close()
+    step.join(30)
+    assert ctx.codes() == ["live_left"]
+    assert next(tokens) < MOST_TOKENS // 2
+    server.close()
 
 
 def test_one_at_a_time_and_whoever_left_is_not_answered(
@@ -215,6 +293,8 @@ def test_an_answer_has_its_cap() -> None:
         ("logit_bias", {"1": 5}, {}),
         ("stop_token_ids", [1], []),
         ("skip_special_tokens", False, True),
+        ("include_reasoning", False, True),
+        ("add_special_tokens", True, False),
         ("response_format", {"type": "json_object"}, {"type": "text"}),
     ],
 )
