@@ -54,7 +54,7 @@ class DeploymentOptions(Spec):
     parity: Literal["required", "warn", "off"] = Field(
         "required",
         description="When it is ready, its answers are read by transformers; required = an engine that says something "
-        "else than the model fails the deployment, warn = it goes on.",
+        "else than the model fails the deployment, warn = it goes on. What cannot be measured fails nothing.",
     )
     tool_call_parser: ToolParser = Field(
         "auto", description="vLLM's parser for calls of tools; auto = by the model's chat template, none = no tools."

@@ -1,9 +1,11 @@
 """Does the engine say what the model says? Asked once, when a deployment has become ready, beside the first requests.
 
 The engine answers a few questions greedily, transformers reads the answers (``workers.reference``). What was found is
-kept with the deployment; an engine that is another model's ends it, unless the deployment goes on regardless.
+kept with the deployment; an engine that is another model's ends it, unless the deployment goes on regardless. A check
+that comes to nothing while its engine lives has a certificate, too: that nothing was measured, and why.
 """
 
+import contextlib
 import http.client
 import json
 import logging
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 
 from app import processes
 from app.artifacts.inspect import read_json
-from app.engines import EngineLaunch
+from app.engines import Engine, EngineLaunch
 from app.errors import AppError
 from workers.replica import UnixConnection
 
@@ -32,6 +34,8 @@ QUESTIONS = (
 NEW_TOKENS = 16
 SECONDS = 900.0
 """For each answer, and for all the reading."""
+LOOK_SECONDS = 1.0
+"""Between two looks whether the engine lives, when a check was broken off."""
 ROOM = 0.5
 """Share of the memory that is free now which the second copy of the weights may take."""
 
@@ -55,31 +59,41 @@ BOUNDS = {
 """docs/serve.md tells what they were measured by."""
 
 
+class BrokenOff(Exception):
+    """The check cannot be finished; the text says why, for whoever reads the certificate."""
+
+
 class Parity(threading.Thread):
     """One check. ``found`` gets the certificate, in this thread; nothing when the engine went away meanwhile."""
 
     def __init__(
         self,
         launch: EngineLaunch,
+        engine: Engine,
         folder: Path,
         environment: Mapping[str, str],
         found: Callable[[dict[str, Any]], None],
     ) -> None:
         super().__init__(name="parity", daemon=True)
-        self._launch, self._folder, self._found = launch, folder, found
+        self._launch, self._engine, self._folder, self._found = launch, engine, folder, found
         self._environment = dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
         self._over = threading.Event()
 
     def run(self) -> None:
-        """Ask, have it read, judge."""
+        """Ask, have it read, judge. One that is broken off says so, unless that is because its engine ends."""
         try:
-            self._found(self._check())
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-            if not self._over.is_set():
-                log.warning("the check of %s was broken off: %r", self._launch.served_name, error)
+            certificate = self._check()
+        except Exception as error:
+            if not self._lives():
+                return
+            log.warning("the check of %s was broken off", self._launch.served_name, exc_info=error)
+            why = str(error) if isinstance(error, BrokenOff) else f"the check was broken off ({type(error).__name__})"
+            certificate = self._not_measured(why)
+        try:
+            self._found(certificate)
         except Exception:
-            log.exception("the check of %s failed", self._launch.served_name)
+            log.exception("what the check of %s found was not kept", self._launch.served_name)
 
     def stop(self) -> None:
         """The engine ends; so does the check."""
@@ -87,20 +101,34 @@ class Parity(threading.Thread):
         if self._process is not None:
             self._process.kill()
 
+    def _lives(self) -> bool:
+        """Waits until it is known: the engine is well, or it ends, of which this is told."""
+        while not self._over.wait(LOOK_SECONDS):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if self._ask("GET", self._engine.health_path, None, LOOK_SECONDS)[0] == 200:
+                    return True
+        return False
+
+    def _told(self) -> dict[str, Any]:
+        return {"engine": self._engine.name, "dtype": self._launch.dtype, "prompts": len(QUESTIONS)}
+
+    def _not_measured(self, reason: str) -> dict[str, Any]:
+        return {"verdict": "not_measured", "reason": reason, **self._told()}
+
     def _check(self) -> dict[str, Any]:
+        """The certificate. Raises BrokenOff, and what comes of an engine that ends meanwhile."""
         launch = self._launch
-        told = {"engine": launch.options.engine, "dtype": launch.dtype, "prompts": len(QUESTIONS)}
         reason = _cannot_be_read(launch.model_dir, launch.dtype, launch.options.quantization)
         if reason is not None:
-            return {"verdict": "not_measured", "reason": reason, **told}
+            return self._not_measured(reason)
         bound = BOUNDS[launch.dtype]
         job, result = self._folder / "parity.json", self._folder / "parity-found.json"
         read = {"model": str(launch.model_dir), "dtype": launch.dtype, "tie": bound.tie, "answers": self._answers()}
         job.write_text(json.dumps(read))
         status, said = self._read(job, result)
         if status != 0:
-            return {"verdict": "not_measured", "reason": f"transformers could not load the model: {said}", **told}
-        return {**judged(json.loads(result.read_bytes()), bound), **told}
+            return self._not_measured(f"transformers could not load the model: {said}")
+        return {**judged(json.loads(result.read_bytes()), bound), **self._told()}
 
     def _read(self, job: Path, result: Path) -> tuple[int, str]:
         # -I: like every child of ours, it gets no module from the working directory.
@@ -118,11 +146,13 @@ class Parity(threading.Thread):
                 if self._over.is_set():
                     self._process.kill()
                 status = self._process.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                raise BrokenOff(f"transformers did not read the answers in {SECONDS:.0f} s") from None
             finally:
                 self._process.kill()
                 self._process.wait()
-        if self._over.is_set() or status < 0:  # killed with the engine, before this thread was told
-            raise OSError("the engine ends")
+        if status < 0:  # with the engine, or by whoever was short of memory: run() finds out
+            raise BrokenOff(f"the process that read the answers was ended by signal {-status}")
         lines = (self._folder / "parity.log").read_text(errors="replace").strip().splitlines()
         return status, lines[-1][:500] if lines else f"exit status {status}"
 
@@ -146,19 +176,32 @@ class Parity(threading.Thread):
         return found
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        connection = UnixConnection(str(self._launch.socket), SECONDS)
+        asked = {"model": self._launch.served_name, "max_tokens": NEW_TOKENS, "temperature": 0, **body}
+        asked["return_token_ids"] = True  # a text need not lead back to the tokens that it was made of
         try:
-            asked = {"model": self._launch.served_name, "max_tokens": NEW_TOKENS, "temperature": 0, **body}
-            asked["return_token_ids"] = True  # a text need not lead back to the tokens that it was made of
-            connection.request("POST", path, json.dumps(asked), {"content-type": "application/json"})
+            status, text = self._ask("POST", path, json.dumps(asked), SECONDS)
+        except TimeoutError:
+            raise BrokenOff(f"the engine did not answer a question in {SECONDS:.0f} s") from None
+        if status != 200:
+            raise BrokenOff(f"the engine refused a question at {path} ({status}{_in_words(status, text)})")
+        choice: dict[str, Any] = json.loads(text)["choices"][0]
+        return choice
+
+    def _ask(self, method: str, path: str, body: str | None, seconds: float) -> tuple[int, bytes]:
+        connection = UnixConnection(str(self._launch.socket), seconds)
+        try:
+            connection.request(method, path, body, {"content-type": "application/json"})
             response = connection.getresponse()
-            text = response.read()
-            if response.status != 200:
-                raise OSError(f"{path}: {response.status} {text[:200]!r}")
-            choice: dict[str, Any] = json.loads(text)["choices"][0]
-            return choice
+            return response.status, response.read()
         finally:
             connection.close()
+
+
+def _in_words(status: int, text: bytes) -> str:
+    """What an engine says of a question that it does not take; of its own failures it may name files."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return f": {str(json.loads(text)['error']['message'])[:300]}" if 400 <= status < 500 else ""
+    return ""
 
 
 def judged(found: Mapping[str, Any], bound: Bound) -> dict[str, Any]:

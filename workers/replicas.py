@@ -247,7 +247,9 @@ class ReplicaSupervision(Supervision):
             if line.get("status") == "ready":
                 self._ready_since = self._ready_since or time.monotonic()
                 self._move(DeploymentState.READY, socket=str(launch.socket))
-                self._note("engine_ready", f"The engine answers, {line.get('seconds')} s after its start.", "info")
+                name = self._engine(spec).name
+                said = f"The engine ({name}) answers, {line.get('seconds')} s after its start."
+                self._note("engine_ready", said, "info", engine=name)
                 self._keep(spec, launch, child)
                 self._compare(spec, launch, child)
             elif line.get("status") == "unhealthy":
@@ -279,7 +281,8 @@ class ReplicaSupervision(Supervision):
             return
         engine = self._engine(spec)
         if not engine.comparable:
-            self._store_parity({"verdict": "not_measured", "reason": f"{engine.name} tells nothing to compare"})
+            reason = f"{engine.name} tells nothing to compare"
+            self._certify(spec, child, {"verdict": "not_measured", "reason": reason, "engine": engine.name})
             return
 
         def found(certificate: dict[str, Any]) -> None:
@@ -287,15 +290,16 @@ class ReplicaSupervision(Supervision):
 
         # With the attempt's token, so that it goes when the engine goes, whoever is left to see to that.
         reads = {**environment(self.house.settings, None), processes.TOKEN: child.token}
-        self._parity = Parity(launch, self.folder, reads, found)
+        self._parity = Parity(launch, engine, self.folder, reads, found)
         self._parity.start()
 
     def _certify(self, spec: ServeSpec, child: Child, certificate: dict[str, Any]) -> None:
         """Keeps what was found, and ends an engine that is another model's. In the thread of the check."""
         self._store_parity(certificate)
         if certificate["verdict"] == "not_measured":
-            message = f"Whether the engine says what the model says was not measured: {certificate['reason']}."
-            self._note("parity_not_measured", message, "info")
+            reason = certificate["reason"].removesuffix(".")
+            message = f"Whether the engine says what the model says was not measured: {reason}."
+            self._note("parity_not_measured", message, "warn" if spec.parity == "required" else "info")
             return
         said = (
             f"{certificate['agreement']:.1%} of {certificate['tokens']} tokens are transformers' own choice, the first "
@@ -319,9 +323,9 @@ class ReplicaSupervision(Supervision):
             replicas.certify(session, self.job.id, certificate)
 
     @persistent
-    def _note(self, code: str, message: str, level: str) -> None:
+    def _note(self, code: str, message: str, level: str, **data: Any) -> None:
         with self.house.database.write() as session:
-            self.ledger.note(session, code, message, level)
+            self.ledger.note(session, code, message, level, data or None)
 
     @persistent
     def _move(self, to: DeploymentState, **values: Any) -> bool:

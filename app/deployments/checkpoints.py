@@ -7,10 +7,12 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app.artifacts import inspect
 from app.db import Database
 from app.deployments import hotload
 from app.deployments.adapters import Looked, attach, nearest
 from app.errors import Code, Conflict, NotFound
+from app.jobs.live import SUFFIX
 from app.models import Checkpoint, Deployment, Job
 from app.settings import Settings
 from app.states import AdapterState
@@ -67,18 +69,29 @@ def _look(database: Database, settings: Settings, project_id: str, model: str) -
         found = _checkpoint(session, project_id, match["run"], int(match["step"]))
         if found is None:
             return None
-        reference = str(settings.data_dir / found.path)
-        candidate = hotload.find(session, settings, project_id, reference, param="model")
+        folder = settings.data_dir / found.path
+        if not folder.is_dir():
+            raise NotFound(f"the files of {model} are gone", param="model", code=Code.MODEL_NOT_FOUND)
+        where = f"GET /jobs/{found.job_id}/checkpoints tells its path below DATA_DIR"
+        if not inspect.looks_like_adapter(folder):
+            live = f"{match['run']}{SUFFIX}"
+            hint = f"Deploy it as a model of its own ({where}), or ask {live} while the run trains."
+            raise _not_servable(model, "it holds whole weights", hint)
+        candidate = hotload.find(session, settings, project_id, str(folder), param="model")
     fault = hotload.fault(candidate)
     if fault is not None:
-        raise Conflict(
-            f"{model} cannot be loaded into a running engine: {fault}",
-            param="model",
-            code=Code.ADAPTER_NOT_SERVABLE,
-            hint=f"Merge it and deploy the result: its path is {reference}.",
-        )
+        raise _not_servable(model, fault, f"Merge it and deploy the result; {where}.")
     assert candidate.adapter.folder is not None
     return _Found(found, candidate, hotload.rank_of(candidate.adapter.folder))
+
+
+def _not_servable(model: str, fault: str, hint: str) -> Conflict:
+    return Conflict(
+        f"{model} cannot be loaded into a running engine: {fault}",
+        param="model",
+        code=Code.ADAPTER_NOT_SERVABLE,
+        hint=hint,
+    )
 
 
 def _home(session: Session, project_id: str, model: str, found: _Found) -> Deployment:

@@ -16,7 +16,7 @@ from app.gateway.proxy import FindRoute
 from app.gateway.requests import EngineRequest
 from app.gateway.schemas import ChatRequest, CompletionRequest
 from app.gateway.upstream import EventStream, until_gone
-from app.gateway.waking import within
+from app.gateway.waking import leave, within
 from app.projects.caller import Caller
 
 MAX_BODY = 10 << 20
@@ -117,15 +117,18 @@ async def _body(request: Request) -> bytes:
 async def _complete(request: Request, body: EngineRequest, caller: Caller, find: FindRoute) -> Response:
     desk: Desk = request.app.state.desk
     headers: dict[str, str] = {}
-    asked = desk.ask(request.url.path, body, caller, find, request.state.request_id, headers)
-    if body.streamed:
-        coming = asyncio.ensure_future(asked)
-        events = await until_gone(request.receive, within(coming, anthropic=body.anthropic))
-        return EventStream(events, headers) if events is not None else Response(status_code=CLIENT_CLOSED_REQUEST)
-    upstream = await until_gone(request.receive, asked)
-    if upstream is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    answer = await until_gone(request.receive, upstream.json())
-    if answer is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(answer, media_type="application/json", headers=headers)
+    coming = asyncio.ensure_future(desk.ask(request.url.path, body, caller, find, request.state.request_id, headers))
+    answer: Response | None = None
+    try:
+        if body.streamed:
+            events = await until_gone(request.receive, within(coming, anthropic=body.anthropic))
+            answer = EventStream(events, headers) if events is not None else None
+        else:
+            upstream = await until_gone(request.receive, coming)
+            whole = await until_gone(request.receive, upstream.json()) if upstream is not None else None
+            answer = Response(whole, media_type="application/json", headers=headers) if whole is not None else None
+    finally:
+        # The client may leave at the very moment when its engine answers: whichever is seen first, the request ends.
+        if answer is None:
+            leave(coming)
+    return answer or Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -24,6 +24,8 @@ class Tally:
         """Who answers; None while that is not known, and then nothing is counted."""
         self.pieces = 0
         """Events of a stream so far."""
+        self.whole = False
+        """The answer came to its end, so that the usage that it told is all of it."""
         self.failed = False
         """The engine refused or broke off. A client that leaves is no failure."""
 
@@ -47,8 +49,11 @@ class Tally:
         """Counts the request and makes room for the next. Only the first call counts."""
         if self._permit.left:
             return
-        # Of a stream that was left nobody tells the usage; an engine sends about a token a piece.
-        completion = self.pieces if self._completion is None else self._completion
+        completion = self._completion
+        if completion is None or not self.whole or self.failed:
+            # What a stream tells on its way is what it had come to by then: Anthropic's begins with a count of 0.
+            # An engine sends about a token a piece. An answer in one piece that never came counts nothing.
+            completion = max(completion or 0, self.pieces)
         self._permit.leave(self._prompt + completion)
         if self.model is not None:
             now = time.perf_counter()

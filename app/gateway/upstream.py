@@ -5,7 +5,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import aiohttp
@@ -61,6 +61,7 @@ class Upstream:
             body = await self._response.read()
             self._tally.first_byte()
             self._note(json.loads(body))
+            self._tally.whole = True
             return self._renamed(body)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             self._tally.failed = True
@@ -70,7 +71,7 @@ class Upstream:
 
     async def events(self) -> AsyncIterator[bytes]:
         """The server-sent events, whole ones only; ends with an error event when the engine breaks off."""
-        rest, last = b"", b""
+        rest = b""
         try:
             async for data in self._pieces():
                 self._tally.first_byte()
@@ -78,11 +79,14 @@ class Upstream:
                 if not end:
                     continue
                 last = block[block.rfind(b"\n\n") + 2 :] if b"\n\n" in block else block
-                if passed := self._passed(block):
+                passed = self._passed(block)
+                # Before it is passed on: a client may leave as soon as it has read the last event.
+                self._tally.whole = last.startswith(self._body.endings)
+                if passed:
                     yield passed
         except (aiohttp.ClientError, OSError) as error:
             log.warning("an engine broke off its stream: %r", error)
-        if not last.startswith(self._body.endings):
+        if not self._tally.whole:
             self._tally.failed = True
             yield refusals.as_event(refusals.broke_off(), anthropic=self._body.anthropic) + b"\n\n"
 
@@ -163,7 +167,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
+async def until_gone(receive: Receive, work: Awaitable[Result]) -> Result | None:
     """The result of ``work``; None, and ``work`` cancelled, when the client goes away first."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))

@@ -1,7 +1,6 @@
 """Patience with a model that is on its way: its engine is woken, or its adapter is loaded."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
@@ -55,11 +54,7 @@ class Late:
 
     def end(self) -> None:
         """Nobody waits any more."""
-        if not self._coming.done():
-            self._coming.cancel()
-            return
-        with contextlib.suppress(AppError, asyncio.CancelledError):
-            self._coming.result().end()
+        leave(self._coming)
 
 
 async def within(
@@ -67,13 +62,24 @@ async def within(
 ) -> Events:
     """The answer when it begins in time, else a stream that waits for it.
 
-    Raises what ``coming`` raises in time.
+    Raises what ``coming`` raises in time. Whoever does not get to what this returns ends ``coming`` by ``leave``.
     """
-    try:
-        await asyncio.wait({coming}, timeout=QUIET_SECONDS if seconds is None else seconds)
-    except asyncio.CancelledError:
-        coming.cancel()
-        raise
+    await asyncio.wait({coming}, timeout=QUIET_SECONDS if seconds is None else seconds)
     if not coming.done():
         return Late(coming, anthropic=anthropic)
     return coming.result()
+
+
+def leave(coming: "asyncio.Future[Upstream]") -> None:
+    """Nobody waits any more: what has not come is called off, what has come, be it in this moment, is hung up on."""
+    if coming.done():
+        _hang_up(coming)
+        return
+    coming.cancel()
+    # A task that was through at its last await when it was cancelled may still end with an answer.
+    coming.add_done_callback(_hang_up)
+
+
+def _hang_up(came: "asyncio.Future[Upstream]") -> None:
+    if not came.cancelled() and came.exception() is None:
+        came.result().end()

@@ -181,11 +181,25 @@ class Handler(BaseHTTPRequestHandler):
         self._begin_stream()
         for event in events:
             if "breaks" in json.dumps(body) and event is not events[0]:
+                time.sleep(0.2)  # else the break may overtake the event before it
                 self.close_connection = True
                 return None
             self._chunk(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n")
+            if "slow_stream" in json.dumps(body):
+                return self._for_ever(
+                    {"type": "content_block_delta", "delta": {"type": "text_delta", "text": " again"}}
+                )
         self.wfile.write(b"0\r\n\r\n")
         return None
+
+    def _for_ever(self, event: dict[str, Any]) -> None:
+        try:
+            while True:
+                self._chunk(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n")
+                time.sleep(0.05)
+        except OSError:
+            self.server.note(aborted=self.path)
+            self.close_connection = True
 
     def _begin_stream(self) -> None:
         self.send_response(200)

@@ -4,9 +4,12 @@ import contextlib
 import json
 import math
 import os
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from app.specs import DeploymentOptions
 from tests.support import wait_for
 from tests.workers.conftest import make_model
 from workers import parity, reference
+from workers.engines import transformers
 from workers.parity import BOUNDS, Bound, Parity, judged
 
 FOUND = {"agreement": 1.0, "mean_distance": 0.0, "tokens": 96}
@@ -121,19 +125,131 @@ def test_an_engine_that_serves_the_model_and_one_that_serves_another(
         cpu_threads=1,
     )
     with engine(model, run_dir / "e"):
-        check = Parity(launch, tmp_path, os.environ, found.append)
+        check = Parity(launch, transformers.engine, tmp_path, os.environ, found.append)
         check.run()
     (certificate,) = found
     print(json.dumps(certificate))
+    assert certificate["engine"] == "transformers", "whatever was asked for"
     assert certificate["verdict"] == verdict
     assert certificate["tokens"] > 20
     assert certificate["of_chats"]["answers"] == certificate["of_completions"]["answers"] == len(parity.QUESTIONS)
     assert certificate["bounds"]["least_agreement"] == BOUNDS["float32"].agreement
 
 
-def test_an_engine_that_is_gone_leaves_no_verdict(tiny: Path, tmp_path: Path, run_dir: Path) -> None:
+@contextlib.contextmanager
+def listening(socket: Path, status: int, answer: Any, *, healthy: bool = True) -> Iterator[None]:
+    """An engine that says the same to every question."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def address_string(self) -> str:
+            return "unix"
+
+        def do_GET(self) -> None:
+            self._say(200 if healthy else 503, {})
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self._say(status, answer)
+
+        def _say(self, code: int, value: Any) -> None:
+            data = json.dumps(value).encode()
+            self.send_response(code)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with socketserver.ThreadingUnixStreamServer(str(socket), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def check(tiny: Path, tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Parity, Any]]:
+    """A check of whatever listens at ``run_dir / "e"``, and the certificates that it found."""
+    monkeypatch.setattr(parity, "LOOK_SECONDS", 0.05)
     found: list[dict[str, Any]] = []
-    options = DeploymentOptions(engine="transformers")
-    launch = EngineLaunch(Path(sys.executable), tiny, "m", run_dir / "e", options, False, "float32", 1)
-    Parity(launch, tmp_path, os.environ, found.append).run()
-    assert found == []
+    launch = EngineLaunch(Path(sys.executable), tiny, "m", run_dir / "e", DeploymentOptions(), False, "float32", 1)
+    check = Parity(launch, transformers.engine, tmp_path, os.environ, found.append)
+    yield check, found
+    check.stop()
+
+
+TOO_LONG = {"error": {"message": "This model's maximum context length is 16 tokens.", "code": 400}}
+ANSWER = {"choices": [{"text": "one", "message": {"content": "one"}, "token_ids": [5]}]}
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "why"),
+    [
+        (400, TOO_LONG, "the engine refused a question at /v1/completions (400: This model's maximum context length"),
+        (500, {"error": {"message": "in /opt/secret.py"}}, "the engine refused a question at /v1/completions (500)"),
+        (200, {"choices": []}, "the check was broken off (IndexError)"),
+        (200, ["nothing"], "the check was broken off (TypeError)"),
+    ],
+)
+def test_what_a_living_engine_does_not_answer_was_not_measured(
+    status: int, answer: Any, why: str, check: tuple[Parity, Any], run_dir: Path
+) -> None:
+    with listening(run_dir / "e", status, answer):
+        check[0].run()
+    (certificate,) = check[1]
+    assert (certificate["verdict"], certificate["engine"]) == ("not_measured", "transformers")
+    assert certificate["reason"].startswith(why)
+    assert "/opt" not in certificate["reason"]
+
+
+@pytest.mark.parametrize(
+    ("reader", "why"),
+    [
+        ("import time; time.sleep(60)", "transformers did not read the answers in 0 s"),
+        ("import os; os.kill(os.getpid(), 9)", "the process that read the answers was ended by signal 9"),
+        ("raise MemoryError('no room')", "transformers could not load the model: MemoryError: no room"),
+    ],
+)
+def test_a_reader_that_comes_to_nothing(
+    reader: str, why: str, check: tuple[Parity, Any], run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{reader}"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(parity.sys, "executable", str(python))
+    monkeypatch.setattr(parity, "SECONDS", 0.4 if "sleep" in reader else 20.0)
+    with listening(run_dir / "e", 200, ANSWER):
+        check[0].run()
+    (certificate,) = check[1]
+    assert (certificate["verdict"], certificate["reason"]) == ("not_measured", why)
+
+
+def test_an_engine_that_is_silent_was_not_measured(
+    check: tuple[Parity, Any], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "SECONDS", 0.2)
+
+    def silent(*_: Any) -> Any:
+        raise TimeoutError
+
+    plain = check[0]._ask
+    monkeypatch.setattr(check[0], "_ask", lambda method, *rest: (silent if method == "POST" else plain)(method, *rest))
+    with listening(run_dir / "e", 200, ANSWER):
+        check[0].run()
+    assert check[1][0]["reason"] == "the engine did not answer a question in 0 s"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_engine_that_ends_leaves_no_verdict(there: bool, check: tuple[Parity, Any], run_dir: Path) -> None:
+    """Another one is asked in its place."""
+    with listening(run_dir / "e", 500, {}, healthy=False) if there else contextlib.nullcontext():
+        check[0].start()
+        check[0].join(0.3)
+        assert check[0].is_alive(), "it waits to be told"
+        check[0].stop()
+        check[0].join(5)
+    assert not check[0].is_alive()
+    assert check[1] == []

@@ -1,5 +1,6 @@
 """Checkpoints of runs as model names: found, loaded into a deployment of their base, refused with a reason."""
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -12,21 +13,22 @@ from app.errors import Conflict, NotFound, Unavailable
 from app.models import Checkpoint, new_id
 from app.settings import Settings
 from app.storage import Storage
-from tests.support import make_lora_folder, on_sqlite, train_spec
+from tests.support import make_lora_folder, make_model_folder, on_sqlite, train_spec
 
 PROJECT = "proj-default"
 
 
 @pytest.fixture
 def run(api: TestClient, database: Database, storage: Storage, base: str, file_id: str) -> Callable[..., str]:
-    """``run(name, *steps, config=…)``: a train job on the base with checkpoints at these steps."""
+    """``run(name, *steps, config=…, whole=…)``: a train job on the base with checkpoints at these steps."""
 
-    def run(name: str, *steps: int, config: dict[str, Any] | None = None) -> str:
+    def run(name: str, *steps: int, config: dict[str, Any] | None = None, whole: bool = False) -> str:
         answer = api.post("/jobs", json=train_spec(base, file_id, experiment_name=name))
         assert answer.status_code == 201, answer.text
         job_id = str(answer.json()["id"])
         for step in steps:
-            folder = make_lora_folder(storage.attempt_dir(job_id, 1) / f"checkpoint-{step}", config=config)
+            folder = storage.attempt_dir(job_id, 1) / f"checkpoint-{step}"
+            folder = make_model_folder(folder) if whole else make_lora_folder(folder, config=config)
             size = storage.commit_checkpoint(folder, step)
             with database.write() as session:
                 path = str(folder.relative_to(storage.root))
@@ -117,12 +119,49 @@ def test_without_a_deployment_of_its_base_it_says_what_to_do(run: Callable[..., 
     assert "POST /deployments" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize(
+    ("made", "says", "helps"),
+    [
+        ({"config": {"use_dora": True}}, "it uses DoRA", "Merge it"),
+        ({"whole": True}, "it holds whole weights", "ask line:ckpt-live while the run trains"),
+    ],
+)
 @on_sqlite
-def test_one_that_no_engine_can_load(run: Callable[..., str], router: Router, deployment: str, ready: Any) -> None:
-    run("line", 5, config={"use_dora": True})
+def test_one_that_no_engine_can_load(
+    api: TestClient,
+    run: Callable[..., str],
+    router: Router,
+    settings: Settings,
+    deployment: str,
+    ready: Any,
+    made: dict[str, Any],
+    says: str,
+    helps: str,
+) -> None:
+    """Whoever asks for it is told what to do, and no folder of the service's."""
+    job_id = run("line", 5, **made)
     ready(deployment)
-    with pytest.raises(Conflict, match="DoRA"):
+    with pytest.raises(Conflict, match=says) as caught:
         router.route_for("line:ckpt-step-5", PROJECT)
+    shown = api.get("/v1/models/line:ckpt-step-5")
+    error = shown.json()["error"]
+    assert (shown.status_code, error["code"], error["param"]) == (409, "adapter_not_servable", "model")
+    assert (error["message"], error["hint"]) == (caught.value.message, caught.value.hint)
+    assert helps in error["hint"]
+    assert f"GET /jobs/{job_id}/checkpoints" in error["hint"]
+    assert str(settings.data_dir) not in shown.text
+
+
+@on_sqlite
+def test_one_whose_files_are_gone(
+    api: TestClient, run: Callable[..., str], storage: Storage, settings: Settings, deployment: str, ready: Any
+) -> None:
+    job_id = run("line", 5)
+    ready(deployment)
+    shutil.rmtree(storage.attempt_dir(job_id, 1))
+    shown = api.get("/v1/models/line:ckpt-step-5")
+    assert (shown.status_code, shown.json()["error"]["code"]) == (404, "model_not_found")
+    assert str(settings.data_dir) not in shown.text
 
 
 @on_sqlite

@@ -81,15 +81,55 @@ def test_what_the_engine_breaks_off_is_an_error(gateway: Gateway, words: str, st
     assert told(gateway)["failed"] is failed
 
 
-def test_of_a_stream_that_is_left_its_pieces_are_counted(gateway: Gateway) -> None:
-    body = {"model": "served-name", "messages": [{"role": "user", "content": "slow_stream"}], "stream": True}
-    with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=body, timeout=20) as response:
+@pytest.mark.parametrize(
+    ("path", "begins", "prompt"), [("chat/completions", "data: ", 0), ("messages", "event: content_block_delta", 4)]
+)
+def test_of_a_stream_that_is_left_its_pieces_are_counted(gateway: Gateway, path: str, begins: str, prompt: int) -> None:
+    """Also of one whose first event tells how much the answer has come to so far: nothing."""
+    turns = [{"role": "user", "content": "slow_stream"}]
+    body = {"model": "served-name", "messages": turns, "max_tokens": 50, "stream": True}
+    with httpx.stream("POST", f"{gateway.url}/v1/{path}", json=body, timeout=20) as response:
         lines = response.iter_lines()
         for _ in range(3):
-            next(line for line in lines if line)
+            next(line for line in lines if line.startswith(begins))
     count = told(gateway)
-    assert count["completion_tokens"] >= 3
+    assert 3 <= count["completion_tokens"] < 20
+    assert count["prompt_tokens"] == prompt
     assert not count["failed"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "last", "tokens"),
+    [
+        ("chat/completions", {"messages": HELLO, "stream_options": {"include_usage": True}}, "data: [DONE]", (3, 5)),
+        ("messages", {"messages": HELLO, "max_tokens": 5}, "event: message_stop", (4, 2)),
+    ],
+)
+def test_who_leaves_at_the_last_event_is_counted_exactly(
+    gateway: Gateway, path: str, body: dict[str, Any], last: str, tokens: tuple[int, int]
+) -> None:
+    """As clients do: what their answer consists of is whole by then."""
+    asked = {"model": "served-name", "stream": True, **body}
+    with httpx.stream("POST", f"{gateway.url}/v1/{path}", json=asked, timeout=20) as response:
+        next(line for line in response.iter_lines() if line == last)
+    count = told(gateway)
+    assert (count["prompt_tokens"], count["completion_tokens"], count["failed"]) == (*tokens, False)
+
+
+def test_an_answer_in_one_piece_that_nobody_waited_for_is_a_request_without_tokens(gateway: Gateway) -> None:
+    gateway.engine.pause()
+    body = {"model": "served-name", "messages": HELLO}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{gateway.url}/v1/chat/completions", json=body, timeout=0.5)
+    count = told(gateway)
+    assert (count["prompt_tokens"], count["completion_tokens"], count["failed"]) == (0, 0, False)
+
+
+def test_a_stream_that_breaks_off_has_its_pieces_counted(gateway: Gateway) -> None:
+    turns = [{"role": "user", "content": "breaks"}]
+    gateway.post({"model": "alias", "messages": turns, "max_tokens": 5, "stream": True}, "messages")
+    count = told(gateway)
+    assert (count["prompt_tokens"], count["completion_tokens"], count["failed"]) == (4, 1, True)
 
 
 def test_what_reached_no_model_is_not_counted(gateway: Gateway) -> None:
