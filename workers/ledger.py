@@ -238,7 +238,7 @@ class Ledger:
     def fail(self, error: RunError, exit_code: int | None = None, result: dict[str, Any] | None = None) -> bool:
         """T6: final, with what the user can do about it, and what the run had found out by then."""
         detail = {"message": error.message[:4000], "hint": error.hint, "param": error.param}
-        values = {"error_code": str(error.code), "error_detail": detail}
+        values: dict[str, Any] = {"error_code": str(error.code), "error_detail": detail}
         values |= {"exit_code": exit_code, "result": result or None}
         move = Move(JobState.FAILED, "job_error", error.message, "error", {"error_code": str(error.code)}, values)
         with self._database.write() as session:
