@@ -71,6 +71,8 @@ def trouble(error: Exception, repo: str, field: str, secret: str | None, *, writ
         return RunError(Code.DISK_FULL, "the disk is full", hint="Free space on the disk of HF_HOME.")
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
     said = _hidden(_said(cause), secret)
+    # Most often a name in the registry with a letter wrong.
+    ours = "" if "/" in repo else f" Nothing in the registry is called {repo}: GET /artifacts lists what is."
     who = f"the account of {TOKEN}" if secret else f"an account, whose token goes into {TOKEN}"
     if isinstance(cause, GatedRepoError):
         return RunError(
@@ -99,7 +101,7 @@ def trouble(error: Exception, repo: str, field: str, secret: str | None, *, writ
             Code.MODEL_NOT_FOUND,
             f"{field}: {endpoint()} has no {repo}, or shows it to others alone",
             param=field,
-            hint=f"Check the name; a private repository needs {who}.",
+            hint=f"Check the name; a private repository needs {who}.{ours}",
         )
     if status is not None and status < 500 and status not in BUSY:
         return RunError(Code.HUB_REFUSED, f"{field}: {endpoint()} refused {repo}: {status}, {said}", param=field)
@@ -113,7 +115,7 @@ def trouble(error: Exception, repo: str, field: str, secret: str | None, *, writ
                 "The artifact is safe here: POST /jobs/{id}/retry goes on with the files that are not there yet."
                 if writing
                 else "Check HF_ENDPOINT and the network, or put the model into a folder under TUNESMITH_MODEL_ROOTS; "
-                "what has come is not fetched again."
+                f"what has come is not fetched again.{ours}"
             ),
             transient=True,
         )

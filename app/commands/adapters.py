@@ -134,7 +134,7 @@ def _adapter_lines(job: dict[str, Any]) -> None:
     base = report["base"] or "not known"
     _rows(
         ("type", report["type"]),
-        ("base", base if report["base_here"] else f"{base} (not on this machine: not compared)"),
+        ("base", base if report["base_here"] else f"{base} (not known here: not compared)"),
         ("r", report["r"]),
         ("alpha", report["alpha"]),
         ("dropout", report["dropout"]),

@@ -131,6 +131,13 @@ def test_a_repository_that_is_not_there_or_is_private(
     assert "HF_TOKEN" in (absent.hint or "")
 
 
+def test_a_name_without_an_owner_is_most_often_one_of_the_registry(hub: HubServer, tmp_path: Path) -> None:
+    pinned = {"hub": "suport", "revision": None, "pinned": "hub:suport"}
+    error = refused(tmp_path / "a1", inputs={FIELD: pinned})
+    assert error.code is Code.MODEL_NOT_FOUND
+    assert "Nothing in the registry is called suport: GET /artifacts lists what is." in (error.hint or "")
+
+
 def test_a_revision_that_is_not_there(hub: HubServer, commit: str, tmp_path: Path) -> None:
     for number, revision in enumerate(("v9", "0" * 40)):
         error = refused(tmp_path / f"a{number}", revision=revision)
