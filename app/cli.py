@@ -5,7 +5,7 @@ import sys
 import typer
 from pydantic import ValidationError
 
-from app.commands import adapters, data, demo, diagnose, fleet, jobs, keys, models, processes, train
+from app.commands import adapters, data, demo, diagnose, fleet, jobs, keys, models, processes, registry, train
 from app.settings import Settings, what_is_wrong
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 app.add_typer(jobs.group, name="jobs")
 app.add_typer(data.group, name="files")
+app.add_typer(registry.artifacts, name="artifacts")
+app.add_typer(registry.aliases, name="aliases")
 app.add_typer(models.group, name="deployments")
 app.add_typer(keys.group, name="keys")
 app.command()(jobs.submit)

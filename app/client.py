@@ -94,6 +94,19 @@ class Client:
             )
         return answer
 
+    def download(self, path: str, target: Path) -> None:
+        """The bytes of a file, written as they come. Raises ServiceError."""
+        try:
+            with self._http.stream("GET", path, timeout=httpx.Timeout(600, connect=5)) as response:
+                if response.is_error:
+                    response.read()
+                    raise _refused(response)
+                with target.open("wb") as file:
+                    for piece in response.iter_bytes(1 << 20):
+                        file.write(piece)
+        except httpx.TransportError as error:
+            raise ServiceError(f"{self.url} does not answer any more: {error}", "Try again.") from error
+
     def follow(self, job_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """``(event, data)`` of a job's stream until it is final; reconnects where it was cut."""
         last: dict[str, str] = {}

@@ -65,6 +65,9 @@ class ImportBody(Spec):
     path: str = Field(min_length=1, max_length=512, description="A folder under the model roots, or a .gguf file.")
     name: Name
     kind: Literal["model", "adapter"] = "model"
+    base: str | None = Field(
+        None, min_length=1, max_length=512, description="Of an adapter: what it was trained on, as specs name a model."
+    )
 
 
 class ArtifactFile(BaseModel):

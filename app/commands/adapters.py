@@ -46,7 +46,7 @@ def merge(
             "proof_prompts": proof_prompts,
         }
         given = {name: value for name, value in spec.items() if value is not None}
-        job = submitted(client, client.submit({"type": "merge", **given}), True, json)
+        job = submitted(client, client.submit({"type": "merge", **given}), True, json, _proof_lines)
         if output_path:
             folders.copy_out(job["artifact_ids"][0], output_path)
 
@@ -81,11 +81,14 @@ def check_adapter(
 
 def validate(
     model: Annotated[str, typer.Argument(help="A model: a path, artifact:<id>, or a registered name.")],
+    base_model: Annotated[str | None, typer.Option(help="Of an adapter: its base; default its own.")] = None,
     json: AsJson = False,
 ) -> None:
     """Loads a model, lets it answer, looks for what is broken."""
-    with service_for(folders.readable([folders.as_path(model)])) as client:
+    with service_for(folders.readable([folders.as_path(model), folders.as_path(base_model)])) as client:
         spec = {"type": "validate", "model": folders.reference(client, model)}
+        if base_model:
+            spec["base_model"] = folders.reference(client, base_model)
         submitted(client, client.submit(spec), True, json, _model_lines)
 
 
@@ -124,6 +127,15 @@ def import_model(
         if base:
             spec["base"] = folders.reference(client, base)
         submitted(client, client.submit(spec), True, json)
+
+
+def _proof_lines(job: dict[str, Any]) -> None:
+    proof = (job["result"] or {}).get("certificate")
+    if not proof:
+        return
+    _rows(("verdict", proof["verdict"].replace("_", " ")))
+    if proof.get("retained") is not None:
+        _rows(("kept", f"{proof['retained']:.1%} of the adapter's effect"))
 
 
 def _adapter_lines(job: dict[str, Any]) -> None:

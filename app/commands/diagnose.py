@@ -5,28 +5,22 @@ from typing import Annotated
 
 import typer
 
-from app.commands.show import as_json, fail, out, service
+from app.commands.registry import artifact_id
+from app.commands.show import as_json, out, service
 
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 _MARKS = {"error": "✗", "warning": "!"}
 
 
 def diagnose(
-    what: Annotated[str, typer.Argument(help="A job's id, an artifact's id, or a registered name.")],
+    what: Annotated[str, typer.Argument(help="A job's id, an artifact's id, or a name of the registry.")],
     json: AsJson = False,
 ) -> None:
     """Says what is wrong with a job or an artifact, and what to change. Exits 1 when there is an error."""
     with service() as client:
-        identifier = what.removeprefix("artifact:").removeprefix("job:")
-        if not identifier.startswith(("art-", "job-", "ftjob-")):
-            name, _, version = identifier.partition(":v")
-            found = client.call("GET", "/artifacts", params={"name": name, "limit": 100})["data"]
-            chosen = [row for row in found if not version or str(row["version"]) == version]
-            if not chosen:
-                fail(
-                    f"there is no artifact {what}", "tunesmith jobs list shows the jobs; GET /artifacts the artifacts."
-                )
-            identifier = chosen[0]["id"]
+        identifier = what.removeprefix("job:")
+        if not identifier.startswith(("job-", "ftjob-")):
+            identifier = artifact_id(client, identifier)
         room = "artifacts" if identifier.startswith("art-") else "jobs"
         answer = client.call("GET", f"/{room}/{identifier}/diagnosis")
     findings = answer["findings"]

@@ -9,7 +9,7 @@ import typer
 
 from app.client import Client, ServiceError
 from app.commands.embedded import service_for
-from app.commands.show import as_json, err, finished, follow, out, service, table
+from app.commands.show import as_json, err, finished, follow, label, out, service, table
 
 group = typer.Typer(help="Submitted work.", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
@@ -56,7 +56,9 @@ def submitted(
         report(job)
     finished(client, job)
     if not json:
-        out.print(f"{job['id']} succeeded: {', '.join(job['artifact_ids']) or 'no artifacts'}", markup=False)
+        left = [client.call("GET", f"/artifacts/{artifact_id}") for artifact_id in job["artifact_ids"]]
+        names = ", ".join(f"{label(artifact)} ({artifact['id']})" for artifact in left)
+        out.print(f"{job['id']} succeeded: {names or 'no artifacts'}", markup=False)
     return job
 
 

@@ -44,6 +44,11 @@ def as_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def label(artifact: dict[str, Any]) -> str:
+    """An artifact as specs take it."""
+    return f"{artifact['name']}:v{artifact['version']}"
+
+
 def table(rows: list[dict[str, Any]], columns: list[str]) -> None:
     """For people."""
     grid = Table(box=None, pad_edge=False)

@@ -60,6 +60,7 @@ def left(api: TestClient, spec: dict[str, Any], database: Database, storage: Sto
                 base_chain=[base, f"{job.algorithm}:{job_id}"],
                 base_artifact_id=base.removeprefix("artifact:") if base.startswith("artifact:") else None,
                 learning={"verdict": "learnt", "eval_loss": 0.25},
+                facts={"base": base} if base else {},
             )
             result = {"artifact_ids": [artifact_id], "versions": {"torch": "2.13.0"}}
             done = Move(JobState.SUCCEEDED, "job_complete", "", values={"result": result})
