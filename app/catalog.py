@@ -314,7 +314,8 @@ class Catalog:
         return self.operations[type_].spec if type_ in self.operations else None
 
     def check_engine(self, options: DeploymentOptions) -> None:
-        """Raises BadRequest for an engine that nobody plugged in, or that cannot do what is asked of it.
+        """Raises BadRequest for an engine that nobody plugged in, or that cannot do what is asked of it, and for
+        options that contradict each other.
 
         ``auto`` is left to the worker.
         """
@@ -322,6 +323,15 @@ class Catalog:
         if name not in ("auto", *self.engines):
             names = ", ".join(("auto", *self.engines))
             raise BadRequest(f"engine {name!r} is unknown", param="engine", hint=f"One of: {names}.")
+        contradiction = options.contradiction()
+        if contradiction is not None:
+            field, why = contradiction
+            raise BadRequest(
+                f"{field}: with task: embed {why}",
+                param=field,
+                code=Code.CONFLICTING_FIELDS,
+                hint=f"Leave {field} out, or task.",
+            )
         lacks = self.engines[name].cannot(options) if name in self.engines else None
         if lacks is not None:
             field, why = lacks

@@ -99,8 +99,9 @@ class DeployJobs:
         spec = DeploySpec.model_validate(job.resolved_spec)
         if found is None:
             row = self._deployment(session, job, spec.name, spec.model, spec)
-        elif found.fault is not None or spec.hot_load is False:
-            self._merge_first(session, job, spec, found.fault or "hot_load is false")
+        elif found.fault is not None or spec.hot_load is False or spec.task == "embed":
+            asked = "task is embed" if spec.task == "embed" else "hot_load is false"
+            self._merge_first(session, job, spec, found.fault or asked)
             return
         else:
             adapters.check_free(session, job.project_id, spec.name)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from app.specs import DeploymentOptions
 
@@ -26,6 +27,13 @@ class EngineLaunch:
     """What adapters may be on, by the last part of the name; empty = whatever the engine takes."""
     sleep_mode: bool = False
     """Whether the engine may be asked to sleep."""
+
+    @property
+    def probe(self) -> tuple[str, dict[str, Any]]:
+        """The least that a ready engine does: a path, and the body that is posted there."""
+        if self.options.task == "embed":
+            return "/v1/embeddings", {"model": self.served_name, "input": "Hi"}
+        return "/v1/completions", {"model": self.served_name, "prompt": "Hi", "max_tokens": 1}
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,13 @@ class Engine:
 
     quantizes: bool = False
     """Whether it can make fewer bits of a model's weights when it loads them."""
+    embeds: bool = False
+    """Whether it can make embeddings: ``POST /v1/embeddings`` in place of the routes that answer."""
 
     def cannot(self, options: DeploymentOptions) -> tuple[str, str] | None:
         """The name of an option that asks for something this engine does not have, and what that is."""
+        if options.task == "embed" and not self.embeds:
+            return "task", "makes no embeddings"
         named = {name: getattr(options, name) for name in ("tool_call_parser", "reasoning_parser")}
         for name, value in named.items():
             if value not in ("auto", "none") and not self.parses:

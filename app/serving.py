@@ -23,6 +23,11 @@ class DeploymentOptions(Spec):
         pattern=r"^[a-z][a-z0-9_]{0,31}$",
         description="Which engine file serves the model; auto = vllm, where there is none transformers.",
     )
+    task: Literal["generate", "embed"] = Field(
+        "generate",
+        description="generate = the model answers: chats, completions; embed = `/v1/embeddings` and nothing else, by "
+        "vLLM, of an embedding model or of the last token of any other.",
+    )
     max_model_len: int | None = Field(None, ge=16, le=1_048_576, description="Longest prompt plus answer in tokens.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="auto = by hardware.")
     gpu_memory_utilization: float = Field(0.9, gt=0.05, le=0.98, description="Share of a GPU that the engine may take.")
@@ -68,6 +73,16 @@ class DeploymentOptions(Spec):
     max_adapters: int = Field(
         16, ge=1, le=1024, description="Adapters kept loaded; beyond that the least recently used one is put away."
     )
+
+    def contradiction(self) -> tuple[str, str] | None:
+        """The name of an option that means nothing beside ``task: embed``, and why."""
+        if self.task != "embed":
+            return None
+        if self.hot_load:
+            return "hot_load", "adapters are loaded into engines that answer"
+        parsers = {name: getattr(self, name) for name in ("tool_call_parser", "reasoning_parser")}
+        found = next((name for name, value in parsers.items() if value not in ("auto", "none")), None)
+        return (found, "there is nothing to read in an embedding") if found else None
 
 
 class EngineResources(Spec):

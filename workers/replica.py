@@ -60,7 +60,8 @@ class Attempt:
     argv: list[str]
     env: dict[str, str]
     socket: str
-    served_name: str
+    probe_path: str
+    probe_body: dict[str, Any]
     start_timeout: float = 600
     health_path: str = "/health"
     probe_seconds: float = 15
@@ -86,8 +87,8 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 def answers(attempt: Attempt, timeout: float) -> bool:
-    """Whether the engine is healthy *and* completes one token: a health route alone answers when the model hangs."""
-    return healthy(attempt, timeout) and completes(attempt, timeout)
+    """Whether the engine is healthy *and* computes: a health route alone answers when the model hangs."""
+    return healthy(attempt, timeout) and computes(attempt, timeout)
 
 
 def healthy(attempt: Attempt, timeout: float) -> bool:
@@ -95,14 +96,13 @@ def healthy(attempt: Attempt, timeout: float) -> bool:
     return _ok(attempt, "GET", attempt.health_path, None, timeout)
 
 
-def completes(attempt: Attempt, timeout: float) -> bool:
-    """Whether one token comes back."""
-    body = {"model": attempt.served_name, "prompt": "Hi", "max_tokens": 1}
-    return _ok(attempt, "POST", "/v1/completions", json.dumps(body), timeout)
+def computes(attempt: Attempt, timeout: float) -> bool:
+    """Whether one token, or one embedding, comes back."""
+    return _ok(attempt, "POST", attempt.probe_path, json.dumps(attempt.probe_body), timeout)
 
 
 def asleep(attempt: Attempt) -> bool:
-    """Whether the engine was put to sleep: then it completes nothing, and is well."""
+    """Whether the engine was put to sleep: then it computes nothing, and is well."""
     if not attempt.sleep_mode:
         return False
     status, text = _answer(attempt, "GET", "/is_sleeping", None, attempt.probe_timeout)
@@ -112,10 +112,10 @@ def asleep(attempt: Attempt) -> bool:
 
 
 def ask(attempt: Attempt) -> "queue.SimpleQueue[bool]":
-    """Starts a completion that may take ``busy_seconds``; whether it came will lie in the queue."""
+    """Starts a probe that may take ``busy_seconds``; whether an answer came will lie in the queue."""
     answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
     timeout = max(attempt.busy_seconds, attempt.probe_timeout)
-    threading.Thread(target=lambda: answer.put(completes(attempt, timeout)), name="ask", daemon=True).start()
+    threading.Thread(target=lambda: answer.put(computes(attempt, timeout)), name="ask", daemon=True).start()
     return answer
 
 
@@ -221,7 +221,7 @@ class Replica:
         """In a thread of its own, so that a hanging engine does not delay SIGTERM."""
         attempt = self._attempt
         while not self._ready.is_set():
-            # The first completion may compile kernels: it gets all the time there is.
+            # The first answer may compile kernels: it gets all the time there is.
             remaining = started + attempt.start_timeout - time.monotonic()
             if remaining > 0 and answers(attempt, remaining):
                 self._signs.put("alive")
@@ -230,9 +230,9 @@ class Replica:
         self._watch()
 
     def _watch(self) -> None:
-        """A full queue is not a death: an unanswered completion stays where it stands in it, while health answers.
+        """A full queue is not a death: an unanswered probe stays where it stands in it, while health answers.
 
-        A miss is a completion that failed, or one that is late while health does not answer either, or while none
+        A miss is a probe that failed, or one that is late while health does not answer either, or while no answer
         came for ``busy_seconds``. An engine that sleeps is asked nothing, and what it was asked before does not count.
         """
         attempt = self._attempt

@@ -280,8 +280,8 @@ class ReplicaSupervision(Supervision):
         if not asks:
             return
         engine = self._engine(spec)
-        if not engine.comparable:
-            reason = f"{engine.name} tells nothing to compare"
+        if not engine.comparable or spec.task == "embed":
+            reason = "embeddings hold no tokens" if engine.comparable else f"{engine.name} tells nothing to compare"
             self._certify(spec, child, {"verdict": "not_measured", "reason": reason, "engine": engine.name})
             return
 
@@ -388,7 +388,8 @@ def _attempt(spec: ServeSpec, launch: EngineLaunch, argv: list[str], env: dict[s
         "argv": argv,
         "env": env,
         "socket": str(launch.socket),
-        "served_name": launch.served_name,
+        "probe_path": launch.probe[0],
+        "probe_body": launch.probe[1],
         "start_timeout": spec.start_timeout,
         "grace_seconds": GRACE_SECONDS,
         "sleep_mode": launch.sleep_mode,

@@ -1,5 +1,6 @@
 """``tunesmith deploy``, ``deployments`` and ``chat``."""
 
+import contextlib
 import time
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -7,12 +8,16 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from app.client import Client
+from app.client import Client, ServiceError
 from app.commands import folders
 from app.commands.show import as_json, err, fail, finished, follow, out, service, table
 
 group = typer.Typer(help="Models being served.", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="NAME=VALUE, e.g. parity=warn or idle_timeout=600; may be repeated."),
+]
 
 
 def deploy(
@@ -26,9 +31,13 @@ def deploy(
     reasoning_parser: Annotated[
         str | None, typer.Option(help="vLLM's parser for thoughts; default by the model's chat template.")
     ] = None,
+    option: Options = None,
     json: AsJson = False,
 ) -> None:
     """Serves a model and waits until it answers."""
+    options = _named(option)
+    if own := next((field for field in ("type", "model", "name") if field in options), None):
+        raise typer.BadParameter(f"{own} is no option of an engine", param_hint="--option")
     served = name or model.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
     spec: dict[str, Any] = {"type": "deploy", "model": model, "name": served}
     chosen = {
@@ -37,7 +46,7 @@ def deploy(
         "tool_call_parser": tool_call_parser,
         "reasoning_parser": reasoning_parser,
     }
-    spec |= {field: value for field, value in chosen.items() if value}
+    spec |= options | {field: value for field, value in chosen.items() if value}
     with service() as client:
         spec["model"] = folders.reference(client, model)
         job = client.submit(spec)
@@ -62,6 +71,66 @@ def list_deployments(limit: int = 20, json: AsJson = False) -> None:
     with service() as client:
         answer = client.call("GET", "/deployments", params={"limit": limit})
     as_json(answer) if json else table(answer["data"], ["id", "name", "status", "model", "restarts", "created_at"])
+
+
+@group.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Of a deployment, or its id.")],
+    json: AsJson = False,
+) -> None:
+    """One deployment: how it is, what it serves, by which engines, with which options."""
+    with service() as client:
+        row = _found(client, name)
+    if json:
+        as_json(row)
+        return
+    parity, options = row["parity"] or {}, row["options"]
+    error = row["last_error"]
+    lines: list[tuple[str, Any]] = [
+        ("name", row["name"]),
+        ("id", row["id"]),
+        ("status", row["status"]),
+        ("model", row["model"]),
+        ("engine", f"{options.get('engine')} ({parity['engine']})" if parity.get("engine") else options.get("engine")),
+        ("endpoint", row["endpoint"]),
+        *(("replica", _words(one, "id", "status", "generation", "restarts")) for one in row["replicas"]),
+        *(("adapter", _words(one, "name", "status", "adapter", "effect")) for one in row["adapters"]),
+        ("parity", f"{parity['verdict']}: {parity['reason']}" if "reason" in parity else parity.get("verdict")),
+        ("coming", row["coming"] and row["coming"]["model"]),
+        ("last error", error and f"{error.get('code')}: {error.get('message')}"),
+        ("hint", error and error.get("hint")),
+        *(("option", f"{field}={value}") for field, value in options.items() if value is not None),
+    ]
+    for label, value in lines:
+        if value is not None:
+            out.print(f"{label:<11}{value}", markup=False)
+
+
+def _words(row: dict[str, Any], first: str, second: str, *others: str) -> str:
+    more = (f"{field} {row[field]}" for field in others if row[field] is not None)
+    return "  ".join((str(row[first]), str(row[second]), *more))
+
+
+def _found(client: Client, name: str) -> dict[str, Any]:
+    """The deployment of an id or a name; of several that have had the name the one that serves, else the newest."""
+    if name.startswith("dep-"):
+        with contextlib.suppress(ServiceError):  # it may be a name, too
+            row: dict[str, Any] = client.call("GET", f"/deployments/{name}")
+            return row
+    older: dict[str, Any] | None = None
+    cursor: dict[str, str] = {}
+    while True:
+        page = client.call("GET", "/deployments", params={"limit": 100, **cursor})
+        for row in page["data"]:
+            if row["name"] == name and row["status"] not in ("stopped", "failed"):
+                return row
+            older = older or (row if row["name"] == name else None)
+        if not page["has_more"]:
+            break
+        cursor = {"after": page["last_id"]}
+    if older is None:
+        fail(f"there is no deployment {name}", "tunesmith deployments list shows what there is.")
+    return older
 
 
 @group.command()
@@ -91,20 +160,13 @@ def update(
     deployment_id: str,
     model: Annotated[str | None, typer.Option(help="Another model under the same name.")] = None,
     replicas: Annotated[int | None, typer.Option(help="Copies of the engine.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE, e.g. max_model_len=4096; may be repeated.")
-    ] = None,
+    option: Options = None,
     wait: Annotated[bool, typer.Option(help="Until the new engines answer.")] = True,
     json: AsJson = False,
 ) -> None:
     """Changes a deployment while it serves: new engines take over, and no request fails."""
     body: dict[str, Any] = {"model": model, "replicas": replicas}
-    body = {name: value for name, value in body.items() if value is not None}
-    for entry in option or []:
-        name, equals, value = entry.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"{entry!r} is not NAME=VALUE", param_hint="--option")
-        body[name] = yaml.safe_load(value)
+    body = {name: value for name, value in body.items() if value is not None} | _named(option)
     if not body:
         raise typer.BadParameter("say what is to change: --model, --replicas or --option")
     with service() as client:
@@ -124,6 +186,20 @@ def update(
     if failed:
         err.print((row["last_error"] or {}).get("message", row["status"]), style="red", markup=False)
         raise typer.Exit(1)
+
+
+def _named(entries: list[str] | None) -> dict[str, Any]:
+    """``NAME=VALUE`` as a spec has them."""
+    found = {}
+    for entry in entries or []:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{entry!r} is not NAME=VALUE", param_hint="--option")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise typer.BadParameter(f"{entry!r}: the value is not YAML", param_hint="--option") from error
+    return found
 
 
 @group.command()

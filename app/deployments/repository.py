@@ -33,9 +33,12 @@ def live(session: Session, project_id: str) -> Sequence[Deployment]:
 
 
 def serving(session: Session, project_id: str, artifact_id: str) -> Sequence[str]:
-    """Names under which an artifact is served or about to be: deployments of its own, then as an adapter of others."""
+    """Names under which an artifact is served or about to be: deployments of its own, then as an adapter of others.
+
+    What makes embeddings of it only where nothing answers as it: the two have no route in common.
+    """
     own = (
-        select(Deployment.name)
+        select(Deployment)
         .where(
             Deployment.project_id == project_id,
             Deployment.artifact_id == artifact_id,
@@ -53,7 +56,14 @@ def serving(session: Session, project_id: str, artifact_id: str) -> Sequence[str
         )
         .order_by(DeploymentAdapter.created_at.desc())
     )
-    return [*session.scalars(own), *session.scalars(loaded)]
+    rows = session.scalars(own).all()
+    answering = [*(row.name for row in rows if not embeds(row)), *session.scalars(loaded)]
+    return answering or [row.name for row in rows]
+
+
+def embeds(row: Deployment) -> bool:
+    """Whether a deployment makes embeddings in place of answers."""
+    return row.options.get("task") == "embed"
 
 
 def page(session: Session, project_id: str, limit: int, after: Deployment | None) -> Sequence[Deployment]:

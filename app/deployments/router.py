@@ -15,7 +15,7 @@ router = APIRouter(prefix="/deployments", tags=["deployments"])
 
 @router.post("", status_code=201, summary="Serve a model")
 def create_deployment(body: DeploymentIn, caller: Server, rooms: RoomsDep) -> DeploymentOut:
-    """Starts an engine on a worker. `status` becomes `ready` after a real one-token completion.
+    """Starts an engine on a worker. `status` becomes `ready` after a real one-token completion, or embedding.
 
     `adapters` are loaded beside the model that they were trained on, each under a model name of its own.
     """

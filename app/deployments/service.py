@@ -36,12 +36,19 @@ def create(
 ) -> Deployment:
     """A deployment and the job of its first replica. Raises Conflict when a name is served already."""
     catalog.check_engine(options)
+    if adapters and options.task == "embed":
+        raise BadRequest(
+            "adapters: an engine for embeddings loads none",
+            param="adapters",
+            code=Code.CONFLICTING_FIELDS,
+            hint="Merge the adapter, and deploy the result with task: embed.",
+        )
     check_free(session, project_id, name)
     found = references.resolve(session, settings, project_id, model, param="model")
     check_servable(found)
     kept = options.model_dump(mode="json", include=set(DeploymentOptions.model_fields))
     if options.hot_load is None:
-        kept["hot_load"] = bool(adapters) or hotload.is_base(session, found)
+        kept["hot_load"] = options.task != "embed" and (bool(adapters) or hotload.is_base(session, found))
     row = Deployment(
         id=new_id("dep"),
         project_id=project_id,
@@ -122,6 +129,8 @@ def change(
     options = {**wished["options"], **body.model_dump(mode="json", include=fields)}
     if options.get("hot_load") is None:
         options["hot_load"] = wished["options"]["hot_load"]
+    if options.get("task") == "embed" and "hot_load" not in fields:
+        options["hot_load"] = False
     catalog.check_engine(DeploymentOptions.model_validate(options))
     model, artifact_id = wished["model"], wished["artifact_id"]
     if body.model is not None:

@@ -18,6 +18,8 @@ class _Entry(NamedTuple):
     """What it serves, as a pinned reference."""
     on: str | None
     """Of an adapter: the deployment that has it."""
+    answers: bool = True
+    """False: it makes embeddings."""
 
 
 def names_for(
@@ -31,8 +33,15 @@ def names_for(
     """
     entries = _entries(session, project_id)
     same = _same(session, project_id, pinned)
-    fitting = [entry.name for entry in entries if entry.model in same]
+    fitting = [entry.name for entry in entries if entry.model in same and entry.answers]
     own = next((entry for entry in entries if entry.name == name), None)
+    if own is not None and not own.answers:
+        raise BadRequest(
+            f"{param}: {own.name} makes embeddings, and answers nothing",
+            param=param,
+            code=Code.CONFLICTING_FIELDS,
+            hint=f"Name a deployment of {pinned} without task: embed.",
+        )
     if own is not None:
         if own.model in same:
             return [own.name]
@@ -53,7 +62,8 @@ def names_for(
 
 
 def _entries(session: Session, project_id: str) -> list[_Entry]:
-    whole = [_Entry(row.name, row.model, None) for row in repository.live(session, project_id)]
+    rows = repository.live(session, project_id)
+    whole = [_Entry(row.name, row.model, None, not repository.embeds(row)) for row in rows]
     adapters = loaded.live(session, project_id)
     return [*whole, *(_Entry(adapter.name, adapter.model, row.name) for adapter, row in adapters)]
 

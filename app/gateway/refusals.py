@@ -36,7 +36,7 @@ async def refusal(response: aiohttp.ClientResponse, path: str, request: EngineRe
             f"the engine of {model[:128]} does not have {path}",
             param="model",
             code=Code.ENDPOINT_NOT_SUPPORTED,
-            hint="Chat models answer at /v1/chat/completions.",
+            hint="Chat models answer at /v1/chat/completions; at /v1/embeddings what is deployed with task: embed.",
         )
     if status in (404, 429, 503):
         return _busy(model, said(body).message if status == 503 else None)

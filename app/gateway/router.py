@@ -79,7 +79,7 @@ async def completions(request: Request, caller: Server, find: FindRouteDep) -> R
     **_documented(EmbeddingsRequest, "OpenAI's list of embeddings", ("data",)),
 )
 async def embeddings(request: Request, caller: Server, find: FindRouteDep) -> Response:
-    """As OpenAI's, where the model's engine has it: 404 `endpoint_not_supported` else."""
+    """As OpenAI's, of a deployment with `task: embed`: 404 `endpoint_not_supported` else."""
     return await _complete(request, EmbeddingsRequest.parse(await _body(request)), caller, find)
 
 

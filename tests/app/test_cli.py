@@ -12,13 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import select
 from typer.testing import CliRunner, Result
 
 from app.cli import app
 from app.db import Database
 from app.deployments import replicas
 from app.deployments.rollout import Rollouts
-from app.models import Deployment, Slot, Worker
+from app.models import Deployment, Job, Slot, Worker
 from app.queue import SilentDoorbell
 from app.settings import Settings
 from app.specs import DeploymentOptions
@@ -254,6 +255,53 @@ def test_an_adapter_is_loaded_and_taken_off(
     assert cli("deployments", "load", deployment, "base").exit_code == 1
     assert "no longer served" in cli("deployments", "unload", deployment, "support").stdout
     assert cli("deployments", "unload", deployment, "support").exit_code == 1
+
+
+def test_a_deployment_is_shown(cli: Callable[..., Result], database: Database) -> None:
+    """By its name or its id; of several of one name the one that serves."""
+    with database.write() as session:
+        old = add_deployment(session, "old", status=DeploymentState.STOPPED)
+        row = add_deployment(session, "plain")
+        old.name = row.name
+        row.options = DeploymentOptions(parity="warn", idle_timeout=600).model_dump(mode="json")
+        row.parity = {"verdict": "not_measured", "reason": "it is quantised", "engine": "vllm"}
+        row.last_error = {"code": "engine_died", "message": "it fell over", "hint": "Try another."}
+    assert json.loads(cli("deployments", "show", "plain", "--json").stdout)["id"] == "dep-plain"
+    assert json.loads(cli("deployments", "show", "dep-old", "--json").stdout)["status"] == "stopped"
+    shown = cli("deployments", "show", "plain").stdout
+    for words in ("ready", "auto (vllm)", "generation 1", "not_measured: it is quantised", "engine_died: it fell over"):
+        assert words in shown
+    assert "parity=warn" in shown
+    assert "idle_timeout=600" in shown
+    nobody = cli("deployments", "show", "plane")
+    assert (nobody.exit_code, "there is no deployment plane" in nobody.stderr) == (1, True)
+    assert cli("deployments", "show", "dep-none").exit_code == 1
+
+
+def test_options_of_a_new_deployment(cli: Callable[..., Result], models: Path, database: Database) -> None:
+    chosen = ("--option", "parity=warn", "--option", "idle_timeout=600")
+    refused = cli("deploy", models / "tiny", *chosen, "--option", "engine=nobody")
+    assert (refused.exit_code, "engine 'nobody' is unknown" in refused.stderr) == (1, True), refused.output
+    assert "NAME=VALUE" in cli("deploy", models / "tiny", "--option", "parity").stderr
+    assert "not YAML" in cli("deploy", models / "tiny", "--option", "parity={").stderr
+    assert "model is no option" in cli("deploy", models / "tiny", "--option", "model=other").stderr
+
+    def cancel() -> None:
+        job = wait_for(lambda: [job for job in _jobs(database) if job.type == "deploy"])[0]
+        assert (job.resolved_spec["parity"], job.resolved_spec["idle_timeout"]) == ("warn", 600)
+        cli("jobs", "cancel", job.id)
+
+    worker = threading.Thread(target=cancel)
+    worker.start()
+    assert cli("deploy", models / "tiny", *chosen, "--replicas", 2, "--option", "replicas=3").exit_code == 1
+    worker.join()
+    (job,) = _jobs(database)
+    assert job.resolved_spec["replicas"] == 2
+
+
+def _jobs(database: Database) -> list[Job]:
+    with database.read() as session:
+        return list(session.scalars(select(Job)))
 
 
 def test_a_deployment_is_changed(cli: Callable[..., Result], database: Database) -> None:

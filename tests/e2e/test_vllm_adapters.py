@@ -217,6 +217,36 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
     wait_for(lambda: not engine_pids(settings), 15)
 
 
+def test_embeddings_of_the_same_base(client: Client, settings: Settings) -> None:
+    """By another runner of the same vLLM, through the gateway: the last token's state, as transformers has it."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    base = settings.model_roots[0] / "base"
+    if not base.exists():
+        make_servable_model(base)
+    body = {"name": "vectors", "model": str(base), "task": "embed"}
+    deployment = client.call("POST", "/deployments", json=body)["id"]
+    wait_for(lambda: status(client, deployment)["status"] in ("ready", "failed"), 300)
+    assert status(client, deployment)["status"] == "ready", status(client, deployment)["last_error"]
+    texts = ["The quick brown fox", "zebra"]
+    openai = Chat(client).openai
+    found = [entry.embedding for entry in openai.embeddings.create(model="vectors", input=texts).data]
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModel.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        states = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1] for text in texts]
+    expected = torch.nn.functional.normalize(torch.stack(states), dim=-1)
+    assert torch.allclose(torch.tensor(found), expected, atol=1e-4)
+    headers = {"authorization": f"Bearer {client.key}"}
+    asked = {"model": "vectors", "messages": QUESTIONS[0]}
+    answer = httpx.post(f"{client.url}/v1/chat/completions", json=asked, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "endpoint_not_supported")
+    wait_for(lambda: status(client, deployment)["parity"], 20)
+    client.call("DELETE", f"/deployments/{deployment}")
+    wait_for(lambda: status(client, deployment)["status"] == "stopped", 60)
+    wait_for(lambda: not engine_pids(settings), 15)
+
+
 def speaks(client: Client, openai: Any) -> None:
     """What an engine writes by force of a grammar is right even from a model that knows nothing."""
     city = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
@@ -258,13 +288,14 @@ def speaks(client: Client, openai: Any) -> None:
         whole = [json.loads(pieces[index]) for index in sorted(pieces)]
         assert whole == [json.loads(called.function.arguments) for called in calls]
 
-    # A template that writes no calls: neither tools nor the routes that take no template.
+    # A template that writes no calls: neither tools nor the routes that take no template. And no embeddings.
     headers = {"authorization": f"Bearer {client.key}"}
     told: dict[str, Any] = {"model": "own", "messages": QUESTIONS[0], "max_tokens": 4}
     for path, body, code in (
         ("chat/completions", {**told, "tools": tools, "tool_choice": "required"}, "tools_not_supported"),
         ("messages", told, "endpoint_not_supported"),
         ("responses", {"model": "own", "input": "42"}, "endpoint_not_supported"),
+        ("embeddings", {"model": "plain", "input": "42"}, "endpoint_not_supported"),
     ):
         answer = httpx.post(f"{client.url}/v1/{path}", json=body, headers=headers, timeout=60)
         assert answer.json()["error"]["code"] == code, answer.text

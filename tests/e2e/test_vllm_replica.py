@@ -59,7 +59,8 @@ class Served:
             "argv": engine.argv(launch),
             "env": engine.env(launch),
             "socket": str(self.socket),
-            "served_name": "tiny",
+            "probe_path": launch.probe[0],
+            "probe_body": launch.probe[1],
             "start_timeout": 300,
         }
         (directory / "attempt.json").write_text(json.dumps(attempt))

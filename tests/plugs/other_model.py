@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from tests.plugs import pretend
 
-engine = replace(pretend.engine, name="other_model", comparable=True)
+engine = replace(pretend.engine, name="other_model", comparable=True, embeds=True)

@@ -6,7 +6,7 @@ hangs (every completion after the first, and then /health too), busy (completion
 stubborn (ignores SIGTERM), flaky (completions 500 while the file ``<socket>.sick`` exists),
 dies_mid_stream (closes a stream after two chunks), dies_unheard (after its head), bad_request,
 slow_stream (a chunk every 50 ms, for ever),
-dies (at the 10th completion),
+dies (at the 10th completion), embeds (has /v1/embeddings and no completions),
 insomniac (refuses to sleep), clings (sleeps, and frees no memory), sleepy_head (sleeps, and does not wake),
 moody (as ok, but a word in the prompt picks one of these modes).
 
@@ -94,7 +94,9 @@ class Handler(BaseHTTPRequestHandler):
         """/v1/completions and /v1/chat/completions."""
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.note(path=self.path, body=body, headers={k.lower(): v for k, v in self.headers.items()})
-        if self.server.also and self.path in OTHERS:
+        if self.server.mode == "embeds" and self.path != "/v1/embeddings":
+            return self._json(404, {"detail": "Not Found"})
+        if (self.server.also and self.path in OTHERS) or self.server.mode == "embeds":
             return self._other(body)
         if self.path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
             return self._adapters(body)

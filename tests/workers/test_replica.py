@@ -43,7 +43,8 @@ class Attempt:
             "argv": [sys.executable, str(FAKE_ENGINE), str(self.socket), mode, f"--log={self.directory / 'requests'}"],
             "env": {"ENGINE_COLOUR": "blue"},
             "socket": str(self.socket),
-            "served_name": "m",
+            "probe_path": "/v1/completions",
+            "probe_body": {"model": "m", "prompt": "Hi", "max_tokens": 1},
             "start_timeout": 20,
             "probe_seconds": 0.1,
             "probe_timeout": 0.5,
@@ -184,7 +185,7 @@ def test_a_socket_left_by_an_earlier_engine_is_replaced(attempt: Attempt) -> Non
     attempt.prepare("ok").start().reach("ready")
 
 
-@pytest.mark.parametrize("mode", ["never_ready", "lies"])
+@pytest.mark.parametrize("mode", ["never_ready", "lies", "embeds"])
 def test_never_ready_exits_3_after_the_start_timeout(attempt: Attempt, mode: str) -> None:
     """Also when /health says 200 all the time and only the completions fail."""
     attempt.prepare(mode, start_timeout=1.5).start()

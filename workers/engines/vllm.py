@@ -20,6 +20,8 @@ def argv(launch: EngineLaunch) -> list[str]:
         f"--model={launch.model_dir}",
         f"--served-model-name={launch.served_name}",
         f"--dtype={launch.dtype}",
+        # By itself it would serve embeddings of some models, and never be ready to answer.
+        f"--runner={'pooling' if options.task == 'embed' else 'generate'}",
         # auto: the model's own length, or as much of it as the cache holds.
         f"--max-model-len={options.max_model_len or 'auto'}",
         f"--shutdown-timeout={SHUTDOWN_SECONDS}",
@@ -29,6 +31,9 @@ def argv(launch: EngineLaunch) -> list[str]:
         # Reserved by RFC 2606, so never resolved: no image or audio of a request is fetched.
         "--allowed-media-domains=media.invalid",
     ]
+    if options.task == "embed":
+        # Of a model that answers the last token's state becomes the embedding; one that embeds stays as it is.
+        arguments.append("--convert=embed")
     if options.hot_load:
         arguments += [
             "--enable-lora",
@@ -108,6 +113,7 @@ engine = Engine(
     comparable=True,
     parses=True,
     quantizes=True,
+    embeds=True,
     sleep_mode=True,
     busy=("vllm:num_requests_running", "vllm:num_requests_waiting"),
 )

@@ -37,6 +37,7 @@ def test_the_command_line_on_a_cpu() -> None:
         "--model=/data/artifacts/art-1",
         "--served-model-name=support",
         "--dtype=bfloat16",
+        "--runner=generate",
         "--max-model-len=auto",
         "--shutdown-timeout=25",
         "--no-enable-log-requests",
@@ -59,6 +60,7 @@ def test_the_command_line_on_a_gpu() -> None:
         "--model=/data/artifacts/art-1",
         "--served-model-name=support",
         "--dtype=float16",
+        "--runner=generate",
         "--max-model-len=4096",
         "--shutdown-timeout=25",
         "--no-enable-log-requests",
@@ -69,6 +71,15 @@ def test_the_command_line_on_a_gpu() -> None:
         "--tensor-parallel-size=1",
         "--chat-template=/data/t.jinja",
     ]
+
+
+def test_embeddings_are_another_runner_and_nothing_of_answers() -> None:
+    launch = replace(CPU, options=DeploymentOptions(task="embed"))
+    others = [word for word in engine.argv(CPU) if not word.startswith("--runner=")]
+    added = ["--runner=pooling", "--convert=embed"]
+    assert sorted(engine.argv(launch)) == sorted([*others, *added])
+    assert launch.probe == ("/v1/embeddings", {"model": "support", "input": "Hi"})
+    assert CPU.probe == ("/v1/completions", {"model": "support", "prompt": "Hi", "max_tokens": 1})
 
 
 def test_fewer_bits_are_asked_for_by_name_on_a_gpu() -> None:

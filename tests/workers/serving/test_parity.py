@@ -74,3 +74,12 @@ def test_the_event_names_the_engine_that_runs(serve: Callable[..., Serving]) -> 
     (ready,) = (event for event in events if event["code"] == "engine_ready")
     assert ready["data"] == {"engine": "pretend"}
     assert "(pretend)" in ready["message"]
+
+
+def test_an_engine_for_embeddings_is_ready_when_it_makes_one(serve: Callable[..., Serving], model: str) -> None:
+    (Path(model) / "mode.txt").write_text("embeds")
+    serving = serve(model=model, engine="other_model", task="embed")
+    serving.ready()
+    found = wait_for(lambda: serving.shown()["parity"])
+    assert (found["verdict"], found["reason"]) == ("not_measured", "embeddings hold no tokens")
+    assert serving.asks("plain") == 404
