@@ -87,8 +87,8 @@ def wake_up(launch: EngineLaunch) -> None:
     status, answer = _ask(launch.socket, "POST", "/wake_up", WAKE_SECONDS)
     if status != 200:
         raise Refused(f"the engine refused to wake: {status} {answer}")
-    body = {"model": launch.served_name, "prompt": "Hi", "max_tokens": 1}
-    status, answer = _ask(launch.socket, "POST", "/v1/completions", WAKE_SECONDS, body)
+    path, body = launch.probe
+    status, answer = _ask(launch.socket, "POST", path, WAKE_SECONDS, body)
     if status != 200:
         raise Refused(f"the engine woke and does not answer: {status} {answer}")
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ CALLING = (
     "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}. Call one: "
     '<tool_call>{"name": …, "arguments": …}</tool_call><|im_end|>\n{% endif %}' + TEMPLATE
 )
+FIRST_TOKEN_SECONDS = 5.0
+"""After an adapter's job has succeeded; a second is what a machine of its own has to keep."""
 OWN = "{% for message in messages %}{{ message['content'] }} = {% endfor %}"
 QUESTIONS = [
     [{"role": "system", "content": SYSTEM}, {"role": "user", "content": str(number)}] for number in (42, 7, 135)
@@ -109,7 +112,6 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
     base = make_servable_model(settings.model_roots[0] / "base")
     (base / "chat_template.jinja").write_text(CALLING)
     imported = succeeded(client, client.submit({"type": "import", "path": str(base), "name": "tiny"}))
-    began = time.monotonic()
     deployment = client.call(
         "POST", "/deployments", json={"name": "plain", "model": "tiny", "max_adapters": 2, "max_loras": 2}
     )["id"]
@@ -123,19 +125,21 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
     )
     first = succeeded(client, client.submit(spec("first", file_id)))
     wait_for(lambda: status(client, deployment)["status"] in ("ready", "failed"), 300)
-    print(f"\nthe base answered {time.monotonic() - began:.1f} s after it was asked for, beside a training run")
+    cold = moment(status(client, deployment)["ready_at"]) - moment(status(client, deployment)["created_at"])
+    print(f"\nthe base answered {cold:.1f} s after it was asked for, beside a training run")
     chat = Chat(client)
+    chat.ask("plain", QUESTIONS[0], 1)  # what the client itself loads at its first request
 
     # 1. A job that ends in `deploy` can be talked to at once, without a merge.
     job = client.submit(spec("second", client.upload(other)["id"], then=["deploy"]))
     wait_for(lambda: client.call("GET", f"/jobs/{job['id']}")["status"] in ("succeeded", "failed"), 200)
-    succeeded_at = time.monotonic()
     wait_for(lambda: "second" in loaded(client, deployment), 20)
     wait_for(lambda: loaded(client, deployment)["second"] == "ready", 20)
     chat.ask("second", QUESTIONS[0], 1)
-    seconds = time.monotonic() - succeeded_at
-    print(f"first token of the adapter {seconds:.2f} s after its job was seen to succeed")
+    seconds = time.time() - moment(client.call("GET", f"/jobs/{job['id']}")["finished_at"])
+    print(f"first token of the adapter {seconds:.2f} s after its job had succeeded")
     told(client, deployment)
+    assert seconds < FIRST_TOKEN_SECONDS
     second = succeeded(client, job)
     (deployed,) = client.call("GET", "/jobs?type=deploy")["data"]
     assert succeeded(client, deployed)["result"]["adapter_of"] == "plain"
@@ -205,12 +209,14 @@ def test_adapters_on_one_base(client: Client, settings: Settings, tmp_path: Path
         restarts = status(client, deployment)["restarts"]
         wait_for(lambda: status(client, deployment)["restarts"] > restarts, 30)  # noqa: B023
         assert not set(before) & set(engine_pids(settings)), "something of the dead engine lives on"
-        wait_for(lambda: status(client, deployment)["status"] == "ready", 200)
-        wait_for(lambda: set(loaded(client, deployment).values()) == {"ready"}, 60)
+        wait_for(lambda: status(client, deployment)["status"] == "ready", cold + 60)
+        wait_for(lambda: set(loaded(client, deployment).values()) == {"ready"}, cold + 60 - (time.monotonic() - began))
         assert {name: chat.ask(name, QUESTIONS[0]) for name in folders} == {
             name: answers[0] for name, answers in expected.items()
         }
-        print(f"after kill -9 of {victim}: all three answer again {time.monotonic() - began:.1f} s later")
+        back = time.monotonic() - began
+        print(f"after kill -9 of {victim}: all three answer again {back:.1f} s later")
+        assert back < cold + 60
 
     client.call("DELETE", f"/deployments/{deployment}")
     wait_for(lambda: status(client, deployment)["status"] == "stopped", 60)
@@ -341,6 +347,11 @@ def told(client: Client, deployment: str) -> None:
     events = [event for job in ids for event in client.call("GET", f"/jobs/{job}/events?limit=100")["data"]]
     for event in sorted(events, key=lambda event: str(event["created_at"]))[-14:]:
         print(f"  {event['created_at'][11:23]} {event['code']}: {event['message'][:80]}")
+
+
+def moment(told: str) -> float:
+    """Of a row's time, on the clock of this machine."""
+    return datetime.fromisoformat(told).timestamp()
 
 
 def checkpoint(client: Client, job: dict[str, Any]) -> str:

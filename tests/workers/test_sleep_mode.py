@@ -1,9 +1,13 @@
 """What nvidia-smi says, and what counts when it says nothing that can be trusted."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
+from app.engines import EngineLaunch
+from app.specs import DeploymentOptions
+from workers import sleep_mode
 from workers.sleep_mode import gpu_memory
 
 SMI = """#!/bin/sh
@@ -53,3 +57,19 @@ def test_the_gpus_of_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (first.free_part, last.free_part) == (pytest.approx(79 / 80), pytest.approx(0.1))
     asked = "--query-gpu=index,memory.used,memory.total --format=csv,noheader,nounits --id=0,3"
     assert (tmp_path / "asked").read_text().strip() == asked
+
+
+@pytest.mark.parametrize(("task", "path"), [("generate", "/v1/completions"), ("embed", "/v1/embeddings")])
+def test_an_engine_that_wakes_proves_it_by_what_it_is_for(
+    task: Literal["generate", "embed"], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def answers(_: Path, __: str, to: str, *rest: Any) -> tuple[int, str]:
+        asked.append(to)
+        return (200 if to in ("/wake_up", path) else 404), ""
+
+    monkeypatch.setattr(sleep_mode, "_ask", answers)
+    options = DeploymentOptions(task=task)
+    sleep_mode.wake_up(EngineLaunch(Path("python"), Path("m"), "m", Path("s"), options, True, "float16"))
+    assert asked == ["/wake_up", path]
