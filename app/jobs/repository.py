@@ -165,8 +165,11 @@ def _cancel_children(session: Session, job_id: str) -> None:
     children = session.scalars(select(JobDependency.job_id).where(JobDependency.parent_id == job_id)).all()
     if not children:
         return
-    detail = session.scalar(select(Job.error_detail).where(Job.id == job_id)) or {}
+    code, detail = session.execute(select(Job.error_code, Job.error_detail).where(Job.id == job_id)).one()
+    detail = detail or {}
     why = f"{job_id} did not succeed: {detail['message']}" if detail.get("message") else f"{job_id} did not succeed."
+    if code == "dependency_failed":  # down to the last one it is the first of them that is told
+        why = detail["message"]
     hint = detail.get("hint") or "Mend and resubmit that job."
     for child in children:
         move = Move(
