@@ -71,9 +71,6 @@ def _stage(
     files = {file.path: file for file in client.list_repo_tree(repo, revision=commit) if hasattr(file, "blob_id")}
     names = _chosen(files)
     _check(repo, names, files, field)
-    if plain and CONFIG in names:
-        found = hf_hub_download(repo, CONFIG, revision=commit, token=secret or False)
-        refuse_quantised(Path(found), repo, field)
     missing = {name: _wanted(repo, files[name]) for name in names if not _is_here(repo, commit, name, files[name])}
     total = sum(file.size for file in missing.values())
     parts.discard(_wanted(repo, files[name]) for name in names)
@@ -91,6 +88,9 @@ def _stage(
         bytes_here=there,
     )
     with _told(missing, total, ctx):
+        if plain and CONFIG in names:
+            config = hf_hub_download(repo, CONFIG, revision=commit, token=secret or False)
+            refuse_quantised(Path(config), repo, field)
         parts.finish(missing, lambda name: str(hf_hub_url(repo, name, revision=commit)), secret)
         found = snapshot_download(
             repo, revision=commit, allow_patterns=[glob.escape(name) for name in names], token=secret or False

@@ -309,7 +309,9 @@ def test_weights_that_the_file_cannot_hold(tmp_path: Path) -> None:
 
 def test_a_tensor_without_a_place(tmp_path: Path) -> None:
     folder = make(tmp_path / "m", "llama, tied")
-    save_file({"model.layers.0.extra.weight": torch.ones(2, 2)}, folder / "more.safetensors", {"format": "pt"})
+    weights = min(folder.glob("*.safetensors"))
+    more = {**load_file(weights), "model.layers.0.extra.weight": torch.ones(2, 2)}
+    save_file(more, weights, {"format": "pt"})
     fails(tmp_path / "x", folder, Code.MODEL_INVALID, r"model\.layers\.0\.extra\.weight \[2, 2\] has no place")
 
 

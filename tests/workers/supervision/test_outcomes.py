@@ -31,7 +31,7 @@ def test_a_run_that_says_nothing_is_ended_and_tried_again(start: Callable[..., A
 @pytest.mark.fault
 def test_a_frozen_runner_counts_as_silent(start: Callable[..., Attempt]) -> None:
     """Case 10 of the fault campaign."""
-    attempt = start("ticks", more={"limits": {"stall_seconds": 1.5}})
+    attempt = start("ticks", more={"limits": {"stall_seconds": 3.0}})
     os.kill(attempt.runner(), signal.SIGSTOP)
     job = attempt.end()
     assert (job.state, job.exit_code) == ("queued", -9)
